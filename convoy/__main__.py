@@ -1,0 +1,287 @@
+"""The one command. Each subcommand loads what it needs when it is called: `--help` is instant."""
+
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from cyclopts import App, Parameter, config
+
+from service.errors import ConvoyError
+from service.settings import Settings, default_models
+from training.settings import RECIPES, AddSettings, TrainingSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from cyclopts.argument import ArgumentCollection
+
+    from convoy.client import Prediction
+
+DEFAULT_SERVER = "localhost:8001"
+_PREFIX = "CONVOY_"
+_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+
+
+
+def _recipe(root: App, commands: tuple[str, ...], arguments: "ArgumentCollection") -> None:
+    """Gives `train` what neither a flag nor the environment says: the recipe's values."""
+    if commands != ("train",):
+        return
+    given = {name: a.tokens[-1].value for a in arguments for name in a.names if a.tokens}
+    recipe = given.get("--recipe") or ("digits" if given.get("--data", "digits") == "digits" else "folder")
+    path = Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(f.stem for f in RECIPES.glob("*.toml")))
+        raise ConvoyError(f"no recipe {recipe!r}: there is {known}, or give a TOML file")
+    config.Toml(path, use_commands_as_keys=False)(root, commands, arguments)
+
+
+app = App(
+    name="convoy",
+    help="Train an image classifier, prove its ONNX export, serve it in batches over gRPC.",
+    version=lambda: metadata.version("convoy-serving"),
+    config=(config.Env(_PREFIX, command=False), _recipe),
+    # So that `--mean 0.4 0.5 0.6` is one flag with three numbers.
+    default_parameter=Parameter(consume_multiple=True),
+)
+models_app = App(name="models", help="List the versions in a models folder, or add a model to it.")
+app.command(models_app)
+
+_Flat = Parameter(name="*")
+
+
+@app.command
+def serve(*, settings: Annotated[Settings, _Flat] = Settings()) -> int:
+    """Serve every model of a folder over gRPC, in batches, with metrics over HTTP."""
+    _require("onnxruntime", "cpu", "serving (or [gpu] for a machine with CUDA)")
+    from service.server import serve as run
+
+    return run(settings)
+
+
+@app.command
+def classify(
+    *paths: Path,
+    server: str = DEFAULT_SERVER,
+    model: str = "",
+    version: int = 0,
+    top_k: int = 1,
+    timeout_s: float = 30.0,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> int:
+    """Print the labels of images, as a running server sees them.
+
+    Exits with 1 if any image failed; the others are answered.
+
+    Parameters
+    ----------
+    paths
+        Image files, or folders of them.
+    server
+        HOST:PORT of the server.
+    model
+        Model to ask; may be left out where the server has one only.
+    version
+        Version to ask; 0 means the one that serves.
+    top_k
+        Labels to print for each image, the most probable first.
+    timeout_s
+        Deadline of each call, in seconds.
+    as_json
+        One JSON object a line: path, model, version, labels or error.
+    """
+    from convoy.client import Classifier
+
+    files = list(_image_files(paths))
+    failed = 0
+    with Classifier(server, model=model, version=version, timeout_s=timeout_s) as classifier:
+        predictions = classifier.classify_many(files, top_k)
+        for file, prediction in zip(files, predictions, strict=True):
+            failed += prediction.error is not None
+            print(_as_json(file, prediction) if as_json else _as_text(file, prediction), flush=True)
+    if failed:
+        print(f"{failed} of {len(files)} images failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _image_files(paths: "Iterable[Path]") -> "Iterator[Path]":
+    found = False
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in _IMAGES)
+            if not inside:
+                raise ConvoyError(f"{path} has no images ({', '.join(sorted(_IMAGES))})")
+            yield from inside
+        else:
+            yield path
+        found = True
+    if not found:
+        raise ConvoyError("no images given: name files or folders")
+
+
+def _as_text(file: Path, prediction: "Prediction") -> str:
+    if prediction.error:
+        return f"{file}\tERROR {prediction.error}"
+    return f"{file}\t" + "  ".join(f"{label.name} {label.probability:.4f}" for label in prediction.labels)
+
+
+def _as_json(file: Path, prediction: "Prediction") -> str:
+    answer: dict[str, Any] = {"path": str(file)}
+    if prediction.error:
+        answer["error"] = {"code": prediction.error.code, "message": str(prediction.error)}
+    else:
+        answer["model"], answer["version"] = prediction.model, prediction.version
+        answer["labels"] = [
+            {"index": label.index, "name": label.name, "probability": label.probability}
+            for label in prediction.labels
+        ]
+    return json.dumps(answer)
+
+
+@models_app.default
+def models_list(
+    *,
+    models: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> int:
+    """List the versions in a models folder with their scores, newest first; exit 1 if one is broken.
+
+    Parameters
+    ----------
+    models
+        Folder of models. Default: ./models if there is one, else the models that come with Convoy.
+    as_json
+        One JSON object a line.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from service import bundle as bundles
+
+    folder = models or default_models()
+    rows = []
+    for name in bundles.names(folder):
+        for version in reversed(bundles.versions(folder / name)):
+            row: dict[str, Any] = {"model": name, "version": version}
+            try:
+                bundle = bundles.read(folder / name / str(version))
+            except ConvoyError as error:
+                rows.append({**row, "state": "broken", "error": str(error)})
+                continue
+            manifest = bundle.manifest
+            rows.append({
+                **row,
+                "state": "whole",
+                "accuracy": manifest.scores and manifest.scores.accuracy,
+                "test_images": manifest.scores and manifest.scores.images,
+                "parity": manifest.parity and manifest.parity.max_abs_difference,
+                "classes": len(manifest.labels),
+                "input": list(manifest.pixels.shape),
+                "bytes": len(bundle.onnx),
+                "created": manifest.created,
+            })  # fmt: skip
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+    elif rows:
+        table = Table("model", "version", "accuracy", "parity", "classes", "input", "size", "created")
+        for row in rows:
+            table.add_row(*_row(row))
+        Console().print(table)
+    else:
+        print(f"no models in {folder}: make one with `convoy train` or `convoy models add`")
+    return 1 if any(row["state"] == "broken" for row in rows) else 0
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    head = [row["model"], str(row["version"])]
+    if row["state"] == "broken":
+        return [*head, f"[red]broken[/]: {row['error']}"]
+    accuracy, parity = row["accuracy"], row["parity"]
+    return [
+        *head,
+        "unknown" if accuracy is None else f"{accuracy:.4f} of {row['test_images']}",
+        "unknown" if parity is None else f"{parity:.0e}",
+        str(row["classes"]),
+        "x".join(map(str, row["input"])),
+        f"{row['bytes'] / 1e6:.2f} MB",
+        row["created"],
+    ]
+
+
+@models_app.command
+def add(
+    name: str, file: Path, *, settings: Annotated[AddSettings, _Flat] = AddSettings()
+) -> None:
+    """Make an ONNX image classifier that was trained elsewhere the next version of a model.
+
+    Parameters
+    ----------
+    name
+        Name of the model.
+    file
+        ONNX file with one input, pixels [N, H, W, C] or [N, C, H, W], and one output [N, classes].
+    """
+    _require("onnxruntime", "cpu", "adding models")
+    _require("onnx", "onnx", "adding models")
+    from training.add import add as run
+
+    print(f"published {run(name, file, settings).folder}")
+
+
+@app.command
+def train(*, settings: Annotated[TrainingSettings, _Flat] = TrainingSettings()) -> int:
+    """Train on labelled images, export to ONNX, prove the export, pass the gate, publish a version.
+
+    Exits with 1, and publishes nothing, where any of that fails.
+    """
+    _require("onnxruntime", "cpu", "training")
+    for module in ("tensorflow", "tf2onnx", "sklearn"):
+        _require(module, "train", "training")
+    from rich.console import Console
+
+    from training.run import run
+
+    run(settings, Console(soft_wrap=True))
+    return 0
+
+
+def _require(module: str, extra: str, what: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ConvoyError(
+            f"{what} needs {module}, which is not installed: pip install 'convoy-serving[{extra}]'"
+        )
+
+
+def _check_environment() -> None:
+    """Raises ConvoyError for a CONVOY_* variable that is no setting: a typing error, else unnoticed."""
+    known = {field.name for kind in (Settings, TrainingSettings, AddSettings) for field in fields(kind)}
+    known |= {"server", "model", "version", "top_k", "timeout_s", "json"}
+    for name in os.environ:
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX).lower() not in known:
+            raise ConvoyError(f"the environment has {name}, which is no setting: see `convoy serve --help`")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"convoy: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def main() -> None:
+    """Runs the command line; exits with its status."""
+    try:
+        _check_environment()
+        raise SystemExit(app(result_action="return_value") or 0)
+    except ConvoyError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The server: gRPC in front, ONNX Runtime behind, batches between. Never imports TensorFlow."""

@@ -1,0 +1,280 @@
+"""The version folder, which is written once and never changed: read it, verify it, write it.
+
+    models/<name>/config.pbtxt, labels.txt    so that Triton serves the very same folder
+    models/<name>/<version>/                  a positive integer; the highest is the newest
+        model.onnx                            uint8 [N, H, W, C] in, float32 [N, classes] out
+        golden.npz                            a few real inputs and the answers they must give
+        manifest.json                         the rest, and the sha256 of the other files
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import BrokenVersion, ConvoyError
+from service.images import Pixels, Target
+
+Probabilities = npt.NDArray[np.float32]
+
+MODEL, GOLDEN, MANIFEST = "model.onnx", "golden.npz", "manifest.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+
+
+@dataclass(frozen=True)
+class File:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the ONNX file itself, on test images that chose nothing."""
+
+    accuracy: float
+    correct: int
+    images: int
+    log_loss: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The ONNX file under the serving code, against the network that was trained."""
+
+    max_abs_difference: float
+    label_agreement: float
+    images: int
+    batch_sizes: list[int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds. `scores` and `parity` are None where nobody measured them."""
+
+    input: str
+    output: str
+    pixels: Target
+    labels: list[str]
+    max_batch_size: int
+    created: str
+    files: dict[str, File] = field(default_factory=dict)
+    scores: Scores | None = None
+    parity: Parity | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Golden:
+    """`pixels` uint8 [k, H, W, C] and the `probabilities` float32 [k, classes] they must give."""
+
+    pixels: Pixels
+    probabilities: Probabilities
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A version whose files are there and are the ones that its manifest lists."""
+
+    folder: Path
+    name: str
+    version: int
+    manifest: Manifest
+    onnx: bytes = field(repr=False)
+    golden: Golden = field(repr=False)
+
+    @property
+    def sha256(self) -> str:
+        return self.manifest.files[MODEL].sha256
+
+
+def names(models: Path) -> list[str]:
+    """The models in a models folder: each folder in it that has at least one version."""
+    try:
+        return sorted(f.name for f in models.iterdir() if _NAME.fullmatch(f.name) and versions(f))
+    except FileNotFoundError:
+        return []
+
+
+def versions(model: Path) -> list[int]:
+    """The versions in a model's folder, oldest first, whether they are whole or not."""
+    if not model.is_dir():
+        return []
+    return sorted(
+        int(f.name) for f in model.iterdir() if _VERSION.fullmatch(f.name) and f.is_dir()
+    )
+
+
+def check_name(name: str) -> None:
+    """Raises ConvoyError where `name` can't be the name of a model."""
+    if not _NAME.fullmatch(name):
+        raise ConvoyError(
+            f"{name!r} can't name a model: use letters, digits, '.', '_' and '-', "
+            "at most 128, beginning with a letter or digit"
+        )
+
+
+def read(folder: Path) -> Bundle:
+    """The version in `folder`, every file checked against the manifest's sha256.
+
+    Raises BrokenVersion, naming the file and what is wrong with it.
+    """
+    manifest = read_manifest(folder)
+    data = {name: _read_verified(folder / name, file) for name, file in manifest.files.items()}
+    for name in (MODEL, GOLDEN):
+        if name not in data:
+            raise BrokenVersion(f"{folder / MANIFEST}: does not list {name}")
+    try:
+        with np.load(io.BytesIO(data[GOLDEN]), allow_pickle=False) as arrays:
+            golden = Golden(arrays["pixels"], arrays["probabilities"])
+    except (ValueError, KeyError, OSError) as error:
+        raise BrokenVersion(f"{folder / GOLDEN}: {error}") from error
+    return Bundle(
+        folder, folder.parent.name, int(folder.name), manifest, data[MODEL], golden
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What `manifest.json` in `folder` says. Raises BrokenVersion; checks no other file."""
+    path = folder / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise BrokenVersion(
+            f"{path} is missing: the folder is not copied completely, or is no version"
+        ) from None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise BrokenVersion(f"{path}: {error}") from error
+    if manifest.format != 1:
+        raise BrokenVersion(f"{path}: format {manifest.format} is newer than this Convoy: update it")
+    if any(Path(name).name != name or name == MANIFEST for name in manifest.files):
+        raise BrokenVersion(f"{path}: lists a file outside of its folder")
+    return manifest
+
+
+def _read_verified(path: Path, file: File) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BrokenVersion(f"{path}: {error.strerror}") from error
+    if len(data) != file.bytes:
+        raise BrokenVersion(f"{path}: {len(data)} bytes, the manifest says {file.bytes}")
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise BrokenVersion(f"{path}: its sha256 is not the manifest's: the file was changed")
+    return data
+
+
+def write(model: Path, manifest: Manifest, onnx: bytes, golden: Golden) -> Bundle:
+    """Makes the next version in the folder `model` and returns it, read back and verified.
+
+    The files are made in a temporary folder beside it, the manifest last, and appear by one
+    rename: a reader sees the whole version or none, a kill or a full disk leaves nothing but a
+    hidden folder, and of two writers at once each gets a number of its own.
+
+    Raises ConvoyError where the disk refuses.
+    """
+    check_name(model.name)
+    archive = io.BytesIO()
+    np.savez_compressed(archive, pixels=golden.pixels, probabilities=golden.probabilities)
+    files = {MODEL: onnx, GOLDEN: archive.getvalue()}
+    listed = {name: File(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
+    manifest = dataclasses.replace(manifest, files=listed)
+    files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    try:
+        model.mkdir(parents=True, exist_ok=True)
+        with _temporary_folder(model) as temporary:
+            for name, data in files.items():
+                _write_synced(temporary / name, data)
+            _sync(temporary)
+            folder = _rename_to_next(temporary, model)
+        _sync(model)
+        _replace(model / "labels.txt", "".join(f"{label}\n" for label in manifest.labels))
+        _replace(model / "config.pbtxt", triton_config(model.name, manifest))
+    except OSError as error:
+        raise ConvoyError(
+            f"the new version could not be written to {model}: {error.strerror or error}; "
+            "nothing was published"
+        ) from error
+    return read(folder)
+
+
+def triton_config(name: str, manifest: Manifest) -> str:
+    """`config.pbtxt` for Triton's ONNX Runtime backend, in protobuf's text format."""
+    height, width, channels = manifest.pixels.shape
+    return f"""\
+name: "{name}"
+platform: "onnxruntime_onnx"
+max_batch_size: {manifest.max_batch_size}
+input [ {{ name: "{manifest.input}" data_type: TYPE_UINT8 dims: [ {height}, {width}, {channels} ] }} ]
+output [
+  {{
+    name: "{manifest.output}"
+    data_type: TYPE_FP32
+    dims: [ {len(manifest.labels)} ]
+    label_filename: "labels.txt"
+  }}
+]
+dynamic_batching {{ }}
+"""
+
+
+@contextlib.contextmanager
+def _temporary_folder(model: Path) -> Iterator[Path]:
+    # Hidden and not a number: neither we nor Triton take it for a version.
+    folder = Path(tempfile.mkdtemp(prefix=".publishing-", dir=model))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename_to_next(temporary: Path, model: Path) -> Path:
+    while True:
+        folder = model / str(max(versions(model), default=0) + 1)
+        try:
+            return temporary.rename(folder)
+        except OSError:
+            # Another writer took this number; anything else is an error.
+            if not folder.exists():
+                raise
+
+
+def _replace(path: Path, text: str) -> None:
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write_synced(temporary, text.encode())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,137 @@
+"""convoy.v1.ImageClassifier <-> the core: protos/classifier.proto says what each call means."""
+
+import time
+
+import grpc
+import numpy as np
+
+from protos import classifier_pb2 as pb
+from service import bundle as bundles
+from service.batcher import Answer
+from service.bundle import Probabilities
+from service.errors import InvalidImage, InvalidRequest
+from service.front import Call, Front
+from service.images import Pixels
+from service.repository import Repository, Served
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
+
+
+class ClassifierRpc:
+    """The handlers of the service `SERVICE`."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    def handlers(self, front: Front) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Classify": front.unary("Classify", pb.ClassifyRequest, self.classify),
+                "ClassifyStream": front.stream(
+                    "ClassifyStream", pb.ClassifyStreamRequest, self.classify_one, refuse_one
+                ),
+                "ListModels": front.unary("ListModels", pb.ListModelsRequest, self.list_models),
+            },
+        )
+
+    async def classify(self, request: pb.ClassifyRequest, call: Call) -> pb.ClassifyResponse:
+        served = self._repository.get(request.model, request.version)
+        call.model = served.name
+        if not request.images:
+            raise InvalidRequest("the request has no images: send at least one")
+        decoded, decode_s = await served.decode(
+            [_input(image, number) for number, image in enumerate(request.images)]
+        )
+        readable = [item for item in decoded if not isinstance(item, InvalidImage)]
+        answer: Answer | None = None
+        if readable:
+            pixels = readable[0][np.newaxis] if len(readable) == 1 else np.stack(readable)
+            answer = await served.run(pixels, call.deadline)
+        response = pb.ClassifyResponse(
+            model=served.name,
+            version=served.version,
+            results=_results(served, decoded, answer, request.top_k or 1),
+        )
+        timings = response.timings
+        timings.decode_s = decode_s
+        if answer:
+            timings.queue_s, timings.run_s = answer.queue_s, answer.run_s
+            timings.batch_size = answer.batch_size
+        timings.total_s = time.monotonic() - call.arrived
+        return response
+
+    async def classify_one(
+        self, message: pb.ClassifyStreamRequest, call: Call
+    ) -> pb.ClassifyStreamResponse:
+        response = await self.classify(message.request, call)
+        return pb.ClassifyStreamResponse(id=message.id, response=response)
+
+    async def list_models(
+        self, request: pb.ListModelsRequest, call: Call
+    ) -> pb.ListModelsResponse:
+        response = pb.ListModelsResponse()
+        for entry in self._repository.entries():
+            model = response.models.add(
+                name=entry.name,
+                versions=bundles.versions(self._repository.folder / entry.name),
+                reason=entry.reason,
+                state=pb.Model.UNAVAILABLE,
+            )
+            if entry.served:
+                served, manifest = entry.served, entry.served.manifest
+                model.state = pb.Model.READY
+                model.version = served.version
+                model.labels.extend(manifest.labels)
+                model.height, model.width, model.channels = manifest.pixels.shape
+                model.max_batch_size = manifest.max_batch_size
+                model.sha256 = served.bundle.sha256
+                model.device = served.model.device
+                if manifest.scores:
+                    model.accuracy = manifest.scores.accuracy
+        return response
+
+
+def refuse_one(
+    message: pb.ClassifyStreamRequest, code: grpc.StatusCode, words: str
+) -> pb.ClassifyStreamResponse:
+    return pb.ClassifyStreamResponse(id=message.id, error=pb.Error(code=code.value[0], message=words))
+
+
+def _input(image: pb.Image, number: int) -> bytes | Pixels:
+    if image.WhichOneof("content") == "encoded":
+        return image.encoded
+    if image.WhichOneof("content") is None:
+        raise InvalidRequest(f"image {number} has neither `encoded` nor `pixels`")
+    pixels = image.pixels
+    shape = (pixels.height, pixels.width, pixels.channels)
+    if pixels.height * pixels.width * pixels.channels != len(pixels.data):
+        raise InvalidRequest(
+            f"image {number}: {len(pixels.data)} bytes of pixels, but height x width x channels is "
+            f"{'x'.join(map(str, shape))}"
+        )
+    return np.frombuffer(pixels.data, np.uint8).reshape(shape)
+
+
+def _results(
+    served: Served, decoded: list[Pixels | InvalidImage], answer: Answer | None, top_k: int
+) -> list[pb.ImageResult]:
+    rows = iter(answer.outputs if answer else ())
+    results = []
+    for item in decoded:
+        if isinstance(item, InvalidImage):
+            error = pb.Error(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=str(item))
+            results.append(pb.ImageResult(error=error))
+        else:
+            labels = best(next(rows), served.manifest.labels, top_k)
+            results.append(pb.ImageResult(classification=pb.Classification(labels=labels)))
+    return results
+
+
+def best(row: Probabilities, labels: list[str], top_k: int) -> list[pb.Label]:
+    """The `top_k` most probable labels, best first; equal ones in the order of the classes."""
+    if top_k == 1:
+        order = [int(row.argmax())]
+    else:
+        order = np.argsort(-row, kind="stable")[:top_k].tolist()
+    return [pb.Label(index=i, name=labels[i], probability=row[i]) for i in order]

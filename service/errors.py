@@ -1,0 +1,37 @@
+"""What can go wrong, in the service's own words. Status codes are given to these in `server`."""
+
+
+class ConvoyError(Exception):
+    """An answer that is a no; its text is for the caller and says what to do."""
+
+
+class InvalidRequest(ConvoyError):
+    """The request is wrong as it stands: sending it again will not help."""
+
+
+class InvalidImage(InvalidRequest):
+    """An image that can't be read, or is larger than is allowed."""
+
+
+class UnknownModel(ConvoyError):
+    """No model or version of that name is served here."""
+
+
+class Overloaded(ConvoyError):
+    """More is waiting than can be taken on: back off, then retry."""
+
+
+class NotReady(ConvoyError):
+    """Starting, draining, or without a working version: another replica may answer."""
+
+
+class DeadlineExceeded(ConvoyError):
+    """The caller's deadline passed before the answer was there."""
+
+
+class InferenceFailed(ConvoyError):
+    """The device gave no usable answer. What happened is in the log, not in this text."""
+
+
+class BrokenVersion(ConvoyError):
+    """A version folder that is incomplete, damaged, or does not prove itself."""

@@ -1,0 +1,199 @@
+"""gRPC's server <-> plain handlers: the one place that knows how calls arrive and how they end.
+
+A handler is `async (request message, Call) -> response message`. What it raises becomes a status
+here; a call counts as in flight here; and here it is refused when there are too many.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from service import errors
+from service.metrics import Metrics
+
+log = logging.getLogger("convoy.front")
+
+Code = grpc.StatusCode
+_STATUS: dict[type[errors.ConvoyError], grpc.StatusCode] = {
+    errors.InvalidRequest: Code.INVALID_ARGUMENT,
+    errors.UnknownModel: Code.NOT_FOUND,
+    errors.Overloaded: Code.RESOURCE_EXHAUSTED,
+    errors.NotReady: Code.UNAVAILABLE,
+    errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
+}
+_INTERNAL = "internal error: please report it; the server's log says more"
+_PUSHBACK = (("grpc-retry-pushback-ms", "100"),)
+
+# Answers that one stream may owe before no more of it is read.
+_STREAM_WINDOW = 256
+
+
+@dataclass
+class Call:
+    """What a handler knows of its call. `arrived` and `deadline` are on `time.monotonic`'s clock."""
+
+    arrived: float
+    deadline: float | None
+    # Set by the handler once it knows: the label under which the call is counted.
+    model: str = ""
+
+
+class Handler(Protocol):
+    def __call__(self, request: Any, call: Call, /) -> Awaitable[Message]: ...
+
+
+M = TypeVar("M", bound=Message)
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The status and words that a caller gets for `error`. A bug gets fixed words, and is logged."""
+    for kind, code in _STATUS.items():
+        if isinstance(error, kind):
+            return code, str(error)
+    log.error("a request failed", exc_info=error)
+    return Code.INTERNAL, _INTERNAL
+
+
+class Front:
+    """Wraps handlers for `grpc.aio`, counts what is in flight, and lets it drain."""
+
+    def __init__(self, metrics: Metrics, max_request_bytes: int, max_in_flight: int) -> None:
+        self._metrics = metrics
+        self._max_bytes, self._max_in_flight = max_request_bytes, max_in_flight
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = asyncio.Event()
+
+    def unary(self, name: str, kind: type[Message], handler: Handler) -> grpc.RpcMethodHandler:
+        """A unary call `name` (for metrics) whose requests are `kind`."""
+
+        async def behaviour(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+            call = _call(context)
+            try:
+                with self._counted(name, call):
+                    request = self._parse(kind, data)
+                    return (await handler(request, call)).SerializeToString()
+            except Exception as error:
+                code, words = status_of(error)
+                trailers = _PUSHBACK if code is Code.RESOURCE_EXHAUSTED else ()
+                await context.abort(code, words, trailers)
+                raise AssertionError("abort raises") from error
+
+        return grpc.unary_unary_rpc_method_handler(behaviour)
+
+    def stream(
+        self,
+        name: str,
+        kind: type[Message],
+        handler: Handler,
+        refusal: Callable[[Any, grpc.StatusCode, str], Message],
+    ) -> grpc.RpcMethodHandler:
+        """A bidirectional call: each message is answered as by `unary`, in the order of finishing.
+
+        `refusal` makes the answer for a message whose handler raised. When the server drains, what
+        was read is answered and the stream ends with UNAVAILABLE.
+        """
+
+        async def answer(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+            request = kind()
+            call = _call(context)
+            try:
+                with self._counted(name, call):
+                    request = self._parse(kind, data)
+                    return (await handler(request, call)).SerializeToString()
+            except Exception as error:
+                return refusal(request, *status_of(error)).SerializeToString()
+
+        async def behaviour(
+            requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+        ) -> None:
+            writing = asyncio.Lock()
+            room = asyncio.Semaphore(_STREAM_WINDOW)
+
+            async def respond(data: bytes) -> None:
+                try:
+                    response = await answer(data, context)
+                    async with writing:
+                        await context.write(response)
+                finally:
+                    room.release()
+
+            draining = asyncio.create_task(self._draining.wait())
+            try:
+                # A caller who hangs up cancels this task, and the group cancels its answers.
+                async with asyncio.TaskGroup() as answers:
+                    while not self._draining.is_set():
+                        await room.acquire()
+                        read: asyncio.Task[Any] = asyncio.ensure_future(context.read())
+                        await asyncio.wait({read, draining}, return_when=asyncio.FIRST_COMPLETED)
+                        if not read.done():
+                            read.cancel()
+                            break
+                        if read.result() is grpc.aio.EOF:
+                            return
+                        answers.create_task(respond(read.result()))
+            finally:
+                draining.cancel()
+            await context.abort(Code.UNAVAILABLE, "this server is shutting down: open a new stream")
+
+        return grpc.stream_stream_rpc_method_handler(behaviour)
+
+    async def drain(self, grace_s: float) -> bool:
+        """Ends streams, waits until nothing is in flight; False where that took over `grace_s`."""
+        self._draining.set()
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            log.warning("%d requests were cut off after %g s", self._in_flight, grace_s)
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _counted(self, name: str, call: Call) -> Iterator[None]:
+        code = Code.OK
+        self._in_flight += 1
+        self._idle.clear()
+        self._metrics.started()
+        try:
+            if self._in_flight > self._max_in_flight:
+                raise errors.Overloaded(
+                    f"{self._max_in_flight} requests are in flight here: back off, then retry"
+                )
+            yield
+        except asyncio.CancelledError:
+            late = call.deadline is not None and call.deadline <= time.monotonic()
+            code = Code.DEADLINE_EXCEEDED if late else Code.CANCELLED
+            raise
+        except Exception as error:
+            code = next((c for kind, c in _STATUS.items() if isinstance(error, kind)), Code.INTERNAL)
+            raise
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            seconds = time.monotonic() - call.arrived
+            self._metrics.finished(name, call.model, code.name, seconds)
+
+    def _parse(self, kind: type[M], data: bytes) -> M:
+        if len(data) > self._max_bytes:
+            raise errors.InvalidRequest(
+                f"the request has {len(data) / 1e6:.1f} MB, the limit is {self._max_bytes / 1e6:g}: "
+                "send fewer images a call"
+            )
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            raise errors.InvalidRequest(f"the body is no {kind.DESCRIPTOR.full_name}") from None
+
+
+def _call(context: grpc.aio.ServicerContext[Any, Any]) -> Call:
+    now, remaining = time.monotonic(), context.time_remaining()
+    return Call(now, None if remaining is None else now + remaining)

@@ -1,0 +1,155 @@
+"""Bytes of an image file, or pixels of any size, to the uint8 pixels that a model takes.
+
+Training decodes with this module too, so what a network learned from and what it is asked
+about went through the same code.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from service.errors import InvalidImage
+
+Pixels = npt.NDArray[np.uint8]
+Resize = Literal["stretch", "crop"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+DEFAULT_MAX_MEGAPIXELS = 50.0
+
+# The limit is ours (`max_megapixels`): it is checked before pixels are decoded, with our own words.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model takes: `height` and `width` in pixels, 1 (grey) or 3 (RGB) `channels`.
+
+    `resize` says how other sizes get there: `stretch` ignores the aspect ratio and keeps the
+    whole picture, `crop` keeps the ratio and the largest centred part.
+    """
+
+    height: int
+    width: int
+    channels: int
+    resize: Resize = "stretch"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.height, self.width, self.channels)
+
+
+def decode(
+    data: bytes, target: Target, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> Pixels:
+    """The pixels of an encoded image, uint8 `[height, width, channels]` of `target`.
+
+    JPEG, PNG, WebP, BMP and GIF; of an animation the first frame. The EXIF orientation is
+    applied, transparency is laid over white, 16 bits become the upper 8.
+
+    Raises InvalidImage where the bytes are no such image, are damaged, or hold more than
+    `max_megapixels` million pixels.
+    """
+    with _opened(data, max_megapixels) as image:
+        # A JPEG decoder can halve as it decodes. Twice the target is left for the resize to fill;
+        # the larger side counts because an orientation may swap the two.
+        side = 2 * max(target.height, target.width)
+        image.draft(None, (side, side))
+        image.load()
+        return _fit(_upright(image), target)
+
+
+def probe(
+    data: bytes, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> tuple[int, int, Literal[1, 3]]:
+    """Height and width in pixels, and channels, of an encoded image; only its header is read.
+
+    Raises InvalidImage.
+    """
+    with _opened(data, max_megapixels) as image:
+        return image.height, image.width, 1 if image.mode in ("1", "L", "LA", "I;16", "I") else 3
+
+
+def prepare(
+    pixels: Pixels, target: Target, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> Pixels:
+    """Decoded pixels, uint8 `[height, width, 1 | 3 | 4]` of any size, brought to `target`.
+
+    Pixels of the right shape are returned as they are. Raises InvalidImage for others that are
+    no image, or too large a one.
+    """
+    if pixels.shape == target.shape:
+        return pixels
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
+        raise InvalidImage(
+            f"pixels of shape {list(pixels.shape)}: expected [height, width, channels] "
+            "with 1, 3 or 4 channels"
+        )
+    _check_size(pixels.shape[1], pixels.shape[0], max_megapixels)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return _fit(image, target)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_megapixels: float) -> Iterator[Image.Image]:
+    if not data:
+        raise InvalidImage("the image is empty (0 bytes): send the bytes of the file itself")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height, max_megapixels)
+            yield image
+    except InvalidImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise InvalidImage(
+            f"these {len(data)} bytes are no JPEG, PNG, WebP, BMP or GIF image "
+            f"(they begin with {data[:8]!r})"
+        ) from None
+    # Decoders fail in many ways on damaged bytes (OSError, SyntaxError, ValueError, zlib.error, ...).
+    except Exception as error:
+        raise InvalidImage(f"the image is damaged: {error}; save it again and retry") from error
+
+
+def _check_size(width: int, height: int, max_megapixels: float) -> None:
+    megapixels = width * height / 1e6
+    if megapixels > max_megapixels:
+        raise InvalidImage(
+            f"the image has {megapixels:.1f} megapixels ({width}x{height}), "
+            f"the limit is {max_megapixels:g}: send a smaller one"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    # Unreadable metadata does not make the picture unreadable.
+    except Exception:
+        return image
+
+
+def _fit(image: Image.Image, target: Target) -> Pixels:
+    image = _to_mode(image, "L" if target.channels == 1 else "RGB")
+    size = (target.width, target.height)
+    if image.size != size:
+        if target.resize == "crop":
+            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        else:
+            image = image.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(image, np.uint8).reshape(target.shape)
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips them
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)

@@ -1,0 +1,192 @@
+"""The Open Inference Protocol, version 2 <-> the core.
+
+https://github.com/kserve/open-inference-protocol. A model's one input takes UINT8 pixels
+`[N, H, W, C]` or, under the same name, BYTES: N encoded images of any size. Its one output is FP32
+`[N, classes]`. Raw contents are answered with raw contents, typed ones with typed ones.
+"""
+
+import struct
+from collections.abc import Callable
+from importlib import metadata
+
+import grpc
+import numpy as np
+
+from protos import inference_pb2 as pb
+from service import bundle as bundles
+from service.batcher import Answer
+from service.errors import InvalidImage, InvalidRequest, NotReady, UnknownModel
+from service.front import Call, Front
+from service.images import Pixels
+from service.repository import Repository, Served
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+
+
+class InferenceRpc:
+    """The handlers of the service `SERVICE`; `ready` says whether the whole server is."""
+
+    def __init__(self, repository: Repository, ready: Callable[[], bool]) -> None:
+        self._repository, self._ready = repository, ready
+
+    def handlers(self, front: Front) -> grpc.GenericRpcHandler:
+        calls = {
+            "ServerLive": (pb.ServerLiveRequest, self.server_live),
+            "ServerReady": (pb.ServerReadyRequest, self.server_ready),
+            "ModelReady": (pb.ModelReadyRequest, self.model_ready),
+            "ServerMetadata": (pb.ServerMetadataRequest, self.server_metadata),
+            "ModelMetadata": (pb.ModelMetadataRequest, self.model_metadata),
+            "ModelInfer": (pb.ModelInferRequest, self.model_infer),
+        }
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {name: front.unary(name, kind, handler) for name, (kind, handler) in calls.items()}
+        )
+
+    async def server_live(self, request: pb.ServerLiveRequest, call: Call) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    async def server_ready(
+        self, request: pb.ServerReadyRequest, call: Call
+    ) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._ready())
+
+    async def model_ready(self, request: pb.ModelReadyRequest, call: Call) -> pb.ModelReadyResponse:
+        try:
+            self._get(request.name, request.version)
+        except NotReady:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self._ready())
+
+    async def server_metadata(
+        self, request: pb.ServerMetadataRequest, call: Call
+    ) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(name="convoy", version=metadata.version("convoy-serving"))
+
+    async def model_metadata(
+        self, request: pb.ModelMetadataRequest, call: Call
+    ) -> pb.ModelMetadataResponse:
+        served = self._get(request.name, request.version)
+        call.model = served.name
+        manifest, tensor = served.manifest, pb.ModelMetadataResponse.TensorMetadata
+        available = bundles.versions(self._repository.folder / served.name)
+        return pb.ModelMetadataResponse(
+            name=served.name,
+            versions=[str(version) for version in available],
+            platform="onnxruntime_onnx",
+            inputs=[
+                tensor(name=manifest.input, datatype="UINT8", shape=[-1, *manifest.pixels.shape])
+            ],
+            outputs=[
+                tensor(name=manifest.output, datatype="FP32", shape=[-1, len(manifest.labels)])
+            ],
+            properties={
+                "encoded_images": f"input {manifest.input!r} also takes datatype BYTES, shape [-1]"
+            },
+        )
+
+    async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+        served = self._get(request.model_name, request.model_version)
+        call.model = served.name
+        _check_outputs(request, served)
+        inputs = _read_input(request, served)
+        if isinstance(inputs, list):
+            decoded, _ = await served.decode(inputs)
+            for number, item in enumerate(decoded):
+                if isinstance(item, InvalidImage):
+                    raise InvalidImage(f"image {number}: {item}")
+            inputs = np.stack([item for item in decoded if not isinstance(item, InvalidImage)])
+        answer = await served.run(inputs, call.deadline)
+        return _respond(request, served, answer)
+
+    def _get(self, name: str, version: str) -> Served:
+        if version and not version.isdecimal():
+            raise UnknownModel(f"version {version!r} is no version: versions are positive integers")
+        return self._repository.get(name, int(version or 0))
+
+
+def _check_outputs(request: pb.ModelInferRequest, served: Served) -> None:
+    for output in request.outputs:
+        if output.name != served.manifest.output:
+            raise InvalidRequest(
+                f"no output {output.name!r}: model {served.name!r} has {served.manifest.output!r}"
+            )
+        if output.parameters:
+            raise InvalidRequest(
+                f"output parameters are not supported here: {', '.join(sorted(output.parameters))}; "
+                "Classify of convoy.v1.ImageClassifier answers with labels"
+            )
+
+
+def _read_input(request: pb.ModelInferRequest, served: Served) -> Pixels | list[bytes | Pixels]:
+    """Pixels uint8 [N, H, W, C], or N encoded images."""
+    name, shape = served.manifest.input, served.manifest.pixels.shape
+    if len(request.inputs) != 1 or request.inputs[0].name != name:
+        given = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
+        raise InvalidRequest(f"inputs: {given}; model {served.name!r} takes one, {name!r}")
+    tensor = request.inputs[0]
+    if tensor.parameters:
+        raise InvalidRequest(
+            f"input parameters are not supported here: {', '.join(sorted(tensor.parameters))}; "
+            "send the contents in the request"
+        )
+    raw = request.raw_input_contents
+    if len(raw) > 1 or (raw and tensor.HasField("contents")):
+        raise InvalidRequest("raw_input_contents: one entry an input, and then no `contents`")
+    given = list(tensor.shape)
+    if tensor.datatype == "BYTES":
+        if not given or given[0] < 1 or any(n != 1 for n in given[1:]):
+            raise InvalidRequest(f"input {name!r}: BYTES of shape {given}; expected [N], N at least 1")
+        images = _read_bytes(raw[0]) if raw else list(tensor.contents.bytes_contents)
+        if len(images) != given[0]:
+            raise InvalidRequest(f"input {name!r}: {len(images)} elements for shape {given}")
+        return list(images)
+    expected = f"UINT8 [N, {', '.join(map(str, shape))}] or BYTES [N]"
+    if tensor.datatype != "UINT8":
+        raise InvalidRequest(f"input {name!r}: datatype {tensor.datatype!r}; expected {expected}")
+    if len(given) != 4 or tuple(given[1:]) != shape or given[0] < 1:
+        raise InvalidRequest(f"input {name!r}: shape {given}; expected {expected}, N at least 1")
+    if raw:
+        pixels = np.frombuffer(raw[0], np.uint8)
+    else:
+        values = np.asarray(tensor.contents.uint_contents, np.uint32)
+        if values.size and values.max() > 255:
+            raise InvalidRequest(f"input {name!r}: {values.max()} is no UINT8 value")
+        pixels = values.astype(np.uint8)
+    count = given[0] * shape[0] * shape[1] * shape[2]
+    if pixels.size != count:
+        raise InvalidRequest(
+            f"input {name!r}: {pixels.size} values, but shape {given} has {count}"
+        )
+    return pixels.reshape(given)
+
+
+def _read_bytes(raw: bytes) -> list[bytes]:
+    elements, position = [], 0
+    while position < len(raw):
+        if position + 4 > len(raw):
+            raise InvalidRequest(f"raw BYTES end within the length of element {len(elements)}")
+        (length,) = struct.unpack_from("<I", raw, position)
+        position += 4
+        if position + length > len(raw):
+            raise InvalidRequest(
+                f"raw BYTES: element {len(elements)} says {length} bytes, {len(raw) - position} are left"
+            )
+        elements.append(raw[position : position + length])
+        position += length
+    return elements
+
+
+def _respond(
+    request: pb.ModelInferRequest, served: Served, answer: Answer
+) -> pb.ModelInferResponse:
+    response = pb.ModelInferResponse(
+        model_name=served.name, model_version=str(served.version), id=request.id
+    )
+    output = response.outputs.add(
+        name=served.manifest.output, datatype="FP32", shape=answer.outputs.shape
+    )
+    if request.raw_input_contents:
+        response.raw_output_contents.append(answer.outputs.astype("<f4", copy=False).tobytes())
+    else:
+        output.contents.fp32_contents.extend(answer.outputs.ravel().tolist())
+    return response

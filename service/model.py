@@ -1,0 +1,160 @@
+"""One loaded version: the session on its device, its warm-up, its proof, and `run`."""
+
+import os
+
+import numpy as np
+import onnxruntime as ort
+
+from service.bundle import Bundle, Probabilities
+from service.errors import BrokenVersion, InferenceFailed
+from service.images import Pixels
+from service.settings import Device
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+# Probabilities of the same file may differ by rounding between processors and batch sizes (parity
+# at export is below 1e-5); a wrong file, device or layout is off by far more than this.
+GOLDEN_TOLERANCE = 1e-3
+
+
+class Model:
+    """An ONNX classifier in a session: uint8 `[N, H, W, C]` in, float32 `[N, classes]` out.
+
+    `device` is where it really runs, `cpu` or `cuda`. `run` may be called from several threads.
+    """
+
+    def __init__(self, onnx: bytes, device: Device = "auto", threads: int = 0) -> None:
+        """Loads `onnx` on `device`; `threads` is for the CPU, 0 means one a usable core.
+
+        Raises BrokenVersion where the file is no such classifier or the device can't be had.
+        """
+        ort.set_default_logger_severity(3)
+        available = ort.get_available_providers()
+        if device == "auto":
+            device = "cuda" if _PROVIDERS["cuda"] in available else "cpu"
+        if _PROVIDERS[device] not in available:
+            raise BrokenVersion(
+                f"device {device} is not to be had: this ONNX Runtime offers {', '.join(available)}; "
+                "install convoy-serving[gpu] in place of [cpu], or choose --device cpu"
+            )
+        if device == "cuda":
+            ort.preload_dlls()  # CUDA and cuDNN from the wheels of the extra `gpu`
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or usable_cores()
+        options.inter_op_num_threads = 1
+        # A spinning pool takes the cores from the threads that decode and talk to callers.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if device == "cuda":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            self._session = ort.InferenceSession(onnx, options, providers=[_PROVIDERS[device]])
+        # ONNX Runtime raises classes of its own that share no base but Exception.
+        except Exception as error:
+            raise BrokenVersion(f"ONNX Runtime can't load the model: {error}") from error
+        if self._session.get_providers()[0] != _PROVIDERS[device]:
+            raise BrokenVersion(f"asked for {device}, got {self._session.get_providers()[0]}")
+        self.device = device
+        self._read_contract()
+
+    def _read_contract(self) -> None:
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise BrokenVersion(f"{len(inputs)} inputs and {len(outputs)} outputs: expected 1 and 1")
+        pixels, probabilities = inputs[0], outputs[0]
+        shape = list(pixels.shape)
+        if (
+            pixels.type != "tensor(uint8)"
+            or len(shape) != 4
+            or not all(isinstance(n, int) for n in shape[1:])
+            or shape[3] not in (1, 3)
+        ):
+            raise BrokenVersion(
+                f"input {pixels.name!r} is {pixels.type} {shape}: expected uint8 [N, H, W, 1 or 3]; "
+                "`convoy models add` builds the conversion into the graph"
+            )
+        if probabilities.type != "tensor(float)" or len(probabilities.shape) != 2:
+            raise BrokenVersion(
+                f"output {probabilities.name!r} is {probabilities.type} {probabilities.shape}: "
+                "expected float [N, classes]"
+            )
+        self.input: str = pixels.name
+        self.output: str = probabilities.name
+        self.shape: tuple[int, int, int] = (shape[1], shape[2], shape[3])
+        # Some exports have their batch axis fixed: such a graph always gets exactly that many rows.
+        self.fixed_batch: int | None = shape[0] if isinstance(shape[0], int) else None
+
+    @classmethod
+    def load(cls, bundle: Bundle, device: Device = "auto", threads: int = 0) -> "Model":
+        """Loads a version, warms its batch sizes and has it prove itself on its golden inputs.
+
+        Raises BrokenVersion where it contradicts its manifest or gives other answers.
+        """
+        model = cls(bundle.onnx, device, threads)
+        manifest = bundle.manifest
+        said = (manifest.input, manifest.output, manifest.pixels.shape)
+        if said != (model.input, model.output, model.shape):
+            raise BrokenVersion(
+                f"{bundle.folder}: the manifest says {said}, the graph is "
+                f"{(model.input, model.output, model.shape)}"
+            )
+        if model.fixed_batch not in (None, manifest.max_batch_size):
+            raise BrokenVersion(f"{bundle.folder}: the graph takes batches of {model.fixed_batch} only")
+        model._prove(bundle)
+        return model
+
+    def _prove(self, bundle: Bundle) -> None:
+        golden, count = bundle.golden, len(bundle.manifest.labels)
+        if golden.probabilities.shape != (len(golden.pixels), count) or not len(golden.pixels):
+            raise BrokenVersion(
+                f"{bundle.folder}: golden answers of shape {list(golden.probabilities.shape)} "
+                f"for {len(golden.pixels)} inputs and {count} labels"
+            )
+        for size in {1, bundle.manifest.max_batch_size}:
+            rows = np.resize(np.arange(len(golden.pixels)), max(size, len(golden.pixels)))
+            for start in range(0, len(rows), size):
+                chosen = rows[start : start + size]
+                try:
+                    answers = self.run(golden.pixels[chosen])
+                except InferenceFailed as error:
+                    raise BrokenVersion(f"{bundle.folder}: a golden input fails: {error}") from error
+                expected = golden.probabilities[chosen]
+                if answers.shape != expected.shape:
+                    raise BrokenVersion(
+                        f"{bundle.folder}: {answers.shape[1]} classes, but {count} labels"
+                    )
+                # Not `difference > tolerance`: that is False for NaN.
+                difference = float(np.abs(answers - expected).max())
+                if not difference <= GOLDEN_TOLERANCE:
+                    raise BrokenVersion(
+                        f"{bundle.folder}: on {self.device} at batch size {len(chosen)} its answers to "
+                        f"the golden inputs are off by {difference:.3g} (allowed {GOLDEN_TOLERANCE:g})"
+                    )
+
+    def run(self, pixels: Pixels) -> Probabilities:
+        """Probabilities float32 `[N, classes]` of `pixels` uint8 `[N, H, W, C]`.
+
+        Raises InferenceFailed where ONNX Runtime does.
+        """
+        if self.fixed_batch is not None:
+            return self._run_fixed(pixels, self.fixed_batch)
+        return self._run(pixels)
+
+    def _run_fixed(self, pixels: Pixels, batch: int) -> Probabilities:
+        parts = []
+        for start in range(0, len(pixels), batch):
+            rows = pixels[start : start + batch]
+            padding = [(0, batch - len(rows)), (0, 0), (0, 0), (0, 0)]
+            parts.append(self._run(np.pad(rows, padding))[: len(rows)])
+        return np.concatenate(parts)
+
+    def _run(self, pixels: Pixels) -> Probabilities:
+        try:
+            answer: Probabilities = self._session.run([self.output], {self.input: pixels})[0]
+        except Exception as error:
+            raise InferenceFailed(str(error)) from error
+        return answer
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: its affinity, which is never more than the host's."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,65 @@
+"""The settings of `convoy serve`: flag, CONVOY_* variable, default and meaning in one declaration.
+
+Only the command line reads the environment; everything else is handed a `Settings`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    models: Path | None = None
+    """Folder of models; every model in it is served. Default: ./models if there is one, else the
+    models that come with Convoy."""
+
+    host: str = "0.0.0.0"
+    """Address to listen on, for gRPC and HTTP."""
+
+    port: int = 8001
+    """gRPC port; 0 takes a free one."""
+
+    metrics_port: int = 8002
+    """HTTP port of /metrics, /healthz and /readyz; 0 takes a free one."""
+
+    device: Device = "auto"
+    """Where models run: auto takes CUDA where the installed ONNX Runtime offers it; cuda refuses to
+    start without."""
+
+    run_threads: int = 0
+    """Threads that ONNX Runtime uses for one batch on a CPU; 0 means one for each usable core."""
+
+    decode_threads: int = 0
+    """Threads that decode images; 0 means one for each usable core."""
+
+    max_request_mb: float = 64.0
+    """Largest request body, in megabytes (10^6 bytes)."""
+
+    max_megapixels: float = 50.0
+    """Largest image, in millions of pixels, looked at before it is decoded."""
+
+    max_in_flight: int = 1024
+    """Requests taken on at once; more are refused with RESOURCE_EXHAUSTED."""
+
+    shutdown_delay_s: float = 5.0
+    """After SIGTERM, how long new requests are still answered while load balancers notice that
+    readiness is withdrawn. SIGINT (Ctrl-C) skips it."""
+
+    drain_grace_s: float = 20.0
+    """After that, how long requests in flight may take to finish."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages that are logged, to standard error."""
+
+
+def default_models() -> Path:
+    """`./models` where there is one, else the models that come with Convoy."""
+    local = Path("models")
+    if local.is_dir():
+        return local
+    here = Path(__file__).resolve().parent
+    installed, checkout = here / "models", here.parent / "models"
+    return installed if installed.is_dir() else checkout

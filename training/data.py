@@ -1,0 +1,240 @@
+"""Labelled images: the built-in digits, or a folder with one subfolder for each class."""
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from service import images
+from service.errors import ConvoyError, InvalidImage
+from service.images import Pixels, Target
+from service.model import usable_cores
+from training.settings import TrainingSettings
+
+log = logging.getLogger("convoy.data")
+
+Labels = npt.NDArray[np.int64]
+
+# Calls back with an iterable's items, so that a caller can show how far it is.
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+_PROBED = 256
+
+
+class DataError(ConvoyError):
+    """Data that can't be trained on; the text names the file or folder."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and what they show: `inputs` uint8 `[N, H, W, C]`, `labels` `[N]`.
+
+    `files` are where the images came from; None for built-in data.
+    """
+
+    inputs: Pixels
+    labels: Labels
+    files: tuple[Path, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def encoded(self, position: int) -> bytes:
+        """The file of one image as it is on disk; of built-in data a PNG."""
+        if self.files:
+            return self.files[position].read_bytes()
+        pixels = self.inputs[position]
+        buffer = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def fingerprint(self) -> str:
+        """A sha256 over pixels and labels: the same data has the same."""
+        digest = hashlib.sha256(self.inputs.tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def _only(self, chosen: npt.NDArray[np.bool_]) -> "Split":
+        files = self.files and tuple(f for f, take in zip(self.files, chosen, strict=True) if take)
+        return Split(self.inputs[chosen], self.labels[chosen], files)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits that share no image, and the names of the classes."""
+
+    name: str
+    classes: tuple[str, ...]
+    target: Target
+    train: Split
+    validation: Split
+    test: Split
+
+
+def _untracked(items: Iterable[Any], doing: str, total: int) -> Iterable[Any]:
+    return items
+
+
+def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
+    """The data that `settings` name, decoded, in splits.
+
+    A test split that is not given is cut by a hash of each image's content: it stays the same when
+    images are added, and copies of an image never end up on both sides. Raises DataError.
+    """
+    folder = Path(settings.data)
+    if settings.data == "digits" and not folder.exists():
+        name, classes, target, given = _digits()
+    else:
+        name, classes, target, given = _folder(folder, settings, track)
+    if len(classes) < 2:
+        raise DataError(f"{settings.data} has a single class, {classes[0]!r}: two at least are needed")
+    everything = given["train"]
+    if "test" in given:
+        train, test = everything, given["test"]
+    else:
+        train, test = _cut(everything, settings.test_share, f"test {settings.split_seed}")
+    train, validation = _cut(train, settings.validation_share, f"validation {settings.split_seed}")
+    data = Dataset(settings.name or name, classes, target, train, validation, test)
+    for split, what in ((train, "train on"), (validation, "validate on"), (test, "test with")):
+        for missing in sorted(set(range(len(classes))) - set(split.labels.tolist())):
+            raise DataError(f"class {classes[missing]!r} has no image left to {what}: add images to it")
+    return data
+
+
+def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
+    """The rest, and about `share` of each class."""
+    hashes = np.array(
+        [
+            int.from_bytes(hashlib.sha256(salt.encode() + row.tobytes()).digest()[:8], "big")
+            for row in split.inputs
+        ],
+        np.float64,
+    ) / 2**64
+    chosen = hashes < share
+    for label in np.unique(split.labels):
+        members = np.flatnonzero(split.labels == label)
+        # A small class may miss its share by chance; it gives its first one all the same.
+        if not chosen[members].any() and len(members) > 1:
+            chosen[members[hashes[members].argmin()]] = True
+    return split._only(~chosen), split._only(chosen)
+
+
+_Given = tuple[str, tuple[str, ...], Target, dict[str, Split]]
+
+
+def _digits() -> _Given:
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise DataError(
+            "the built-in digits come with scikit-learn: pip install 'convoy-serving[train]', "
+            "or give a folder of images with --data"
+        ) from None
+    bunch = load_digits()
+    inputs = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
+    classes = tuple(str(digit) for digit in bunch.target_names)
+    split = Split(inputs, bunch.target.astype(np.int64))
+    return "digits", classes, Target(8, 8, 1), {"train": split}
+
+
+def _folder(folder: Path, settings: TrainingSettings, track: Track) -> _Given:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: --data takes one with a subfolder for each class")
+    parts = {"train": folder / "train", "test": folder / "test"}
+    if not all(part.is_dir() for part in parts.values()):
+        parts = {"train": folder}
+    classes = tuple(sorted(f.name for f in parts["train"].iterdir() if _is_class(f)))
+    if not classes:
+        raise DataError(f"{parts['train']} has no subfolders: put each class's images into one")
+    found = {name: _list(part, classes) for name, part in parts.items()}
+    target = _choose_target([file for file, _ in found["train"]], settings)
+    given = {
+        name: _read(files, target, settings.skip_unreadable, track, f"reading {name} images")
+        for name, files in found.items()
+    }
+    return folder.resolve().name, classes, target, given
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _list(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    unknown = sorted({f.name for f in folder.iterdir() if _is_class(f)} - set(classes))
+    if unknown:
+        raise DataError(f"{folder / unknown[0]} is a class that the training images lack")
+    found, ignored = [], []
+    for label, name in enumerate(classes):
+        files = sorted(f for f in (folder / name).rglob("*") if f.is_file() and f.name[0] != ".")
+        chosen = [f for f in files if f.suffix.lower() in _SUFFIXES]
+        ignored += [f for f in files if f.suffix.lower() not in _SUFFIXES]
+        if not chosen:
+            raise DataError(
+                f"{folder / name} has no image (by name: {', '.join(sorted(_SUFFIXES))}): "
+                "add some or remove the folder"
+            )
+        found += [(file, label) for file in chosen]
+    if ignored:
+        log.warning("%d files are no images by their name and are left out: %s ...", len(ignored), ignored[0])
+    return found
+
+
+def _choose_target(files: Sequence[Path], settings: TrainingSettings) -> Target:
+    size, channels = settings.image_size, int(settings.channels)
+    if not size or not channels:
+        step = max(1, len(files) // _PROBED)
+        seen = []
+        for file in files[::step]:
+            try:
+                seen.append(images.probe(file.read_bytes()))
+            except (InvalidImage, OSError):
+                continue  # named when all files are read
+        if not seen:
+            raise DataError(f"none of the images looked at can be read, such as {files[0]}")
+        if not size:
+            side = float(np.median([min(height, width) for height, width, _ in seen]))
+            size = int(np.clip(round(side / 8) * 8, 8, 128))
+        channels = channels or max(c for _, _, c in seen)
+    return Target(size, size, channels, settings.resize)
+
+
+def _read(
+    files: Sequence[tuple[Path, int]], target: Target, skip: bool, track: Track, doing: str
+) -> Split:
+    inputs = np.empty((len(files), *target.shape), np.uint8)
+    errors: dict[int, str] = {}
+
+    def read(position: int) -> None:
+        file = files[position][0]
+        try:
+            inputs[position] = images.decode(file.read_bytes(), target)
+        except (InvalidImage, OSError) as error:
+            errors[position] = f"{file}: {error}"
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for _ in track(pool.map(read, range(len(files))), doing, len(files)):
+            pass
+    labels = np.array([label for _, label in files], np.int64)
+    split = Split(inputs, labels, tuple(file for file, _ in files))
+    if not errors:
+        return split
+    listed = "\n  ".join(errors[position] for position in sorted(errors)[:10])
+    text = f"{len(errors)} of {len(files)} files can't be read:\n  {listed}"
+    readable = np.ones(len(files), bool)
+    readable[list(errors)] = False
+    for file, label in files:
+        if not readable[labels == label].any():
+            raise DataError(f"{file.parent} has no readable image; {text}")
+    if not skip:
+        raise DataError(f"{text}\nmend or remove them, or leave them out with --skip-unreadable")
+    log.warning("%s\nthey are left out", text)
+    return split._only(readable)

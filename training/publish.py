@@ -1,0 +1,121 @@
+"""The gate, and the way of a trained network through it into the models folder."""
+
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from service import bundle as bundles
+from service.bundle import Parity, Scores
+from service.errors import BrokenVersion, ConvoyError
+from service.model import Model
+from training.data import Dataset
+from training.evaluate import score
+from training.settings import TrainingSettings
+
+# On fewer test images than this, all of them right is no reason to wonder.
+_HANDFUL = 50
+
+_PACKAGES = ("convoy-serving", "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "numpy", "pillow")
+
+
+class GateClosed(ConvoyError):
+    """The version was not published: `checks` has every check, passed and failed."""
+
+    def __init__(self, checks: "list[Check]") -> None:
+        failed = ", ".join(check.name for check in checks if not check.passed)
+        super().__init__(f"the gate is closed ({failed}): nothing was published")
+        self.checks = checks
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition of the gate, as it is shown to a person."""
+
+    name: str
+    value: str
+    wanted: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The version that a candidate has to live up to, and its scores on the candidate's test."""
+
+    version: int
+    scores: Scores
+
+
+def serving_version(model: Path, data: Dataset) -> Serving | None:
+    """What now serves from the folder `model`, scored on `data`'s test images; None for nothing.
+
+    Versions that are damaged, or have other classes or another input size, can't be compared: they
+    are passed over, as they can't have learned the same task.
+    """
+    for version in reversed(bundles.versions(model)):
+        try:
+            bundle = bundles.read(model / str(version))
+            loaded = Model.load(bundle, device="cpu")
+        except BrokenVersion:
+            continue
+        if tuple(bundle.manifest.labels) == data.classes and loaded.shape == data.target.shape:
+            return Serving(version, score(loaded.run, data.test))
+    return None
+
+
+def gate(
+    scores: Scores, parity: Parity, serving: Serving | None, settings: TrainingSettings
+) -> list[Check]:
+    """Every check of the gate, all of them made whatever the first ones say.
+
+    A comparison with NaN is False, so that a figure that is no number fails its check.
+    """
+    suspicious = scores.correct == scores.images and scores.images > _HANDFUL
+    checks = [
+        Check(
+            "accuracy",
+            f"{scores.accuracy:.4f}",
+            f"at least {settings.min_accuracy:.4f}",
+            scores.accuracy >= settings.min_accuracy,
+        ),
+        Check(
+            "accuracy is plausible",
+            f"{scores.correct} of {scores.images} right",
+            "not every one: else test images are among the trained, or the label shows in them",
+            not suspicious,
+        ),
+        Check(
+            "parity",
+            f"{parity.max_abs_difference:.2e}",
+            f"at most {settings.max_parity:.2e} from the network's probabilities",
+            parity.max_abs_difference <= settings.max_parity,
+        ),
+        Check(
+            "agreement",
+            f"{parity.label_agreement:.4f}",
+            f"at least {settings.min_agreement:.4f} of labels as the network's",
+            parity.label_agreement >= settings.min_agreement,
+        ),
+    ]
+    if serving:
+        floor = serving.scores.accuracy - settings.max_regression
+        checks.append(
+            Check(
+                f"not worse than version {serving.version}",
+                f"{scores.accuracy:.4f}",
+                f"at least {floor:.4f}, on the same test images",
+                scores.accuracy >= floor,
+            )
+        )
+    return checks
+
+
+def provenance() -> dict[str, str]:
+    """What made a version: the versions of the packages that had a part in it."""
+    made = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            made[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return made

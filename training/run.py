@@ -1,0 +1,165 @@
+"""One training run: load, build, fit, export, verify, score, gate, publish. Shows how far it is."""
+
+import datetime
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+# TensorFlow greets, and notes that a machine has no GPU, on standard error.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from service import bundle as bundles
+from service.bundle import Bundle, Golden, Manifest
+from service.model import Model
+from training import data as datasets
+from training.data import Dataset, Split
+from training.evaluate import score
+from training.publish import Check, GateClosed, gate, provenance, serving_version
+from training.settings import TrainingSettings
+
+_GOLDEN = 8
+
+
+def run(settings: TrainingSettings, console: Console) -> Bundle:
+    """Trains, proves and publishes; the new version.
+
+    Raises DataError, TrainingFailed, GateClosed, or ConvoyError where the disk refuses.
+    """
+    began = datetime.datetime.now(datetime.UTC)
+    with _progress(console) as progress:
+        data = datasets.load(settings, _tracker(progress))
+    bundles.check_name(data.name)
+    console.print(_describe(data))
+    with console.status("loading TensorFlow"):
+        from training import export, fit, network
+
+    fit.prepare(settings.seed)
+    built = network.basic(data, settings)
+    console.print(f"network {built.name}: {built.count_params():,} parameters")
+    with _progress(console) as progress:
+        bar = progress.add_task("training", total=None)
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            progress.update(bar, completed=step, total=steps, description=f"training, loss {loss:.3f}")
+
+        def on_epoch(epoch: fit.Epoch) -> None:
+            progress.console.print(
+                f"epoch {epoch.epoch:3d}/{settings.epochs}  loss {epoch.loss:.4f}  "
+                f"accuracy {epoch.accuracy:.4f}  validation {epoch.validation_accuracy:.4f}  "
+                f"{len(data.train) / epoch.seconds:,.0f} images/s",
+                highlight=False,
+            )
+
+        history = fit.fit(built, data, settings, on_step, on_epoch)
+
+    with console.status("exporting to ONNX"):
+        serve = export.serving_function(built)
+        onnx = export.to_onnx(serve)
+    with console.status("proving the export"):
+        parity = export.verify(serve, onnx, data.test.inputs, settings.max_batch_size)
+        model = Model(onnx, device="cpu")
+        scores = score(model.run, data.test)
+        serving = serving_version(settings.models / data.name, data)
+    console.print(
+        f"ONNX {len(onnx) / 1e6:.2f} MB; against the network on {parity.images} images at batch sizes "
+        f"{parity.batch_sizes}: largest difference {parity.max_abs_difference:.1e}, "
+        f"label agreement {parity.label_agreement:.4f}",
+        highlight=False,
+    )
+    console.print(
+        f"test accuracy {scores.accuracy:.4f} ({scores.correct} of {scores.images}), of the ONNX file",
+        highlight=False,
+    )
+    checks = gate(scores, parity, serving, settings)
+    console.print(gate_table(checks))
+    if not all(check.passed for check in checks):
+        raise GateClosed(checks)
+
+    golden = choose_golden(data.test)
+    manifest = Manifest(
+        input=model.input,
+        output=model.output,
+        pixels=data.target,
+        labels=list(data.classes),
+        max_batch_size=settings.max_batch_size,
+        created=began.isoformat(timespec="seconds"),
+        scores=scores,
+        parity=parity,
+        training={
+            "settings": asdict(replace(settings, models=str(settings.models))),  # type: ignore[arg-type]
+            "images": {
+                name: {
+                    "count": len(split),
+                    "per_class": np.bincount(split.labels, minlength=len(data.classes)).tolist(),
+                    "sha256": split.fingerprint(),
+                }
+                for name, split in (
+                    ("train", data.train), ("validation", data.validation), ("test", data.test),
+                )
+            },
+            "epochs": [asdict(epoch) for epoch in history],
+        },
+        provenance=provenance(),
+    )  # fmt: skip
+    bundle = bundles.write(
+        settings.models / data.name, manifest, onnx, Golden(golden, model.run(golden))
+    )
+    console.print(f"published {bundle.folder}")
+    return bundle
+
+
+def choose_golden(split: Split) -> Any:
+    """A few test images, of as many classes as possible."""
+    _, first = np.unique(split.labels, return_index=True)
+    rest = np.setdiff1d(np.arange(len(split)), first)
+    return split.inputs[np.concatenate([first, rest])[:_GOLDEN]]
+
+
+def gate_table(checks: list[Check]) -> Table:
+    """The gate as a person reads it."""
+    table = Table("gate", "value", "wanted", "")
+    for check in checks:
+        verdict = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
+        table.add_row(check.name, check.value, check.wanted, verdict)
+    return table
+
+
+def _describe(data: Dataset) -> str:
+    colour = "grey" if data.target.channels == 1 else "RGB"
+    return (
+        f"{data.name}: {len(data.classes)} classes, {len(data.train)} images to train on, "
+        f"{len(data.validation)} to validate, {len(data.test)} to test; "
+        f"{data.target.width}x{data.target.height} {colour}"
+    )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _tracker(progress: Progress) -> datasets.Track:
+    def track(items: Iterable[Any], doing: str, total: int) -> Iterable[Any]:
+        return progress.track(items, total=total, description=doing)
+
+    return track

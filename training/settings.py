@@ -1,0 +1,132 @@
+"""The settings of `convoy train`, which recipes (TOML) may set too, and of `convoy models add`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    recipe: str = ""
+    """A recipe by name (digits, folder, cifar10) or a TOML file; flags go before what it says.
+    Default: digits for the built-in digits, folder for a folder."""
+
+    data: str = "digits"
+    """`digits` (scikit-learn's handwritten digits), or a folder with one subfolder for each class;
+    where it holds `train` and `test`, these are the splits."""
+
+    models: Path = Path("models")
+    """Folder of models to publish into."""
+
+    name: str = ""
+    """Name of the model. Default: that of the data."""
+
+    seed: int = 0
+    """Decides the first weights, the order of images and what is done to them."""
+
+    split_seed: int = 0
+    """Decides which images are held out, where the data has no splits of its own. Keep it: a version is
+    compared with the next on images that neither has learned from."""
+
+    test_share: float = 0.2
+    """Share of the images held out for the test, where the data has no test split of its own."""
+
+    validation_share: float = 0.1
+    """Share of the training images that is not trained on but watched."""
+
+    skip_unreadable: bool = False
+    """Leave out files that can't be read as images, in place of stopping."""
+
+    image_size: int = 0
+    """Height and width that images are brought to; 0 takes the median side of the data, at most
+    128, rounded to a multiple of 8."""
+
+    channels: Literal[0, 1, 3] = 0
+    """1 for grey, 3 for colour; 0 takes grey where every image looked at is grey."""
+
+    resize: Literal["stretch", "crop"] = "stretch"
+    """How images of another shape are brought to size: all of it, or the centre in proportion."""
+
+    filters: tuple[int, int] = (32, 64)
+    """Filters of the two convolutions."""
+
+    kernel_size: int = 3
+    """Height and width of the convolutions, in pixels."""
+
+    dense: int = 128
+    """Units of the fully connected layer."""
+
+    dropout: float = 0.5
+    """Share of the fully connected layer's inputs that is dropped in training."""
+
+    epochs: int = 30
+    """Passes over the training images."""
+
+    batch_size: int = 64
+    """Images in a training step."""
+
+    learning_rate: float = 0.002
+    """Peak of the schedule: a linear rise over the first tenth, then half a cosine down to 0."""
+
+    weight_decay: float = 0.01
+    """Of AdamW (Loshchilov and Hutter, arXiv:1711.05101)."""
+
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread over all classes."""
+
+    shift: int = 0
+    """Training images are moved by up to so many pixels each way."""
+
+    flip: bool = False
+    """Training images are mirrored left to right half of the time."""
+
+    max_batch_size: int = 64
+    """Largest batch that the published version is served in."""
+
+    min_accuracy: float = 0.0
+    """Gate: least accuracy on the test images."""
+
+    max_parity: float = 1e-4
+    """Gate: largest difference allowed between the ONNX file's probabilities and the network's."""
+
+    min_agreement: float = 1.0
+    """Gate: least share of test images that both give the same label."""
+
+    max_regression: float = 0.0
+    """Gate: how much less accurate than the version that serves it may be, on the same images."""
+
+
+@dataclass(frozen=True)
+class AddSettings:
+    labels: Path | None = None
+    """Text file with a class a line, in the order of the outputs. Default: class 0, class 1, ..."""
+
+    models: Path = Path("models")
+    """Folder of models to add to."""
+
+    scale: tuple[float, ...] = ()
+    """Float models: pixels (0 to 255) are multiplied by this; one number, or one a channel. With
+    --mean and --std only, 1/255, as is usual."""
+
+    mean: tuple[float, ...] = ()
+    """Float models: then this is taken away; one number, or one a channel."""
+
+    std: tuple[float, ...] = ()
+    """Float models: then it is divided by this; one number, or one a channel."""
+
+    layout: Literal["auto", "nhwc", "nchw"] = "auto"
+    """Order of the model's input axes; auto tells by where the 1 or 3 channels are."""
+
+    softmax: bool = False
+    """The model gives logits: build the softmax in."""
+
+    image_size: int = 0
+    """Height and width, where the file leaves them open."""
+
+    resize: Literal["stretch", "crop"] = "stretch"
+    """How images of another shape are brought to size."""
+
+    max_batch_size: int = 64
+    """Largest batch that it is served in, where the file leaves the batch axis open."""
