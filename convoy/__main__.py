@@ -27,13 +27,14 @@ _PREFIX = "CONVOY_"
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
-
 def _recipe(root: App, commands: tuple[str, ...], arguments: "ArgumentCollection") -> None:
     """Gives `train` what neither a flag nor the environment says: the recipe's values."""
     if commands != ("train",):
         return
     given = {name: a.tokens[-1].value for a in arguments for name in a.names if a.tokens}
-    recipe = given.get("--recipe") or ("digits" if given.get("--data", "digits") == "digits" else "folder")
+    recipe = given.get("--recipe") or (
+        "digits" if given.get("--data", "digits") == "digits" else "folder"
+    )
     path = Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
     if not path.is_file():
         known = ", ".join(sorted(f.stem for f in RECIPES.glob("*.toml")))
@@ -95,15 +96,20 @@ def classify(
     as_json
         One JSON object a line: path, model, version, labels or error.
     """
-    from convoy.client import Classifier
+    from convoy.client import Classifier, ClassifierError
 
     files = list(_image_files(paths))
     failed = 0
     with Classifier(server, model=model, version=version, timeout_s=timeout_s) as classifier:
-        predictions = classifier.classify_many(files, top_k)
-        for file, prediction in zip(files, predictions, strict=True):
-            failed += prediction.error is not None
-            print(_as_json(file, prediction) if as_json else _as_text(file, prediction), flush=True)
+        try:
+            for file, prediction in zip(files, classifier.classify_many(files, top_k), strict=True):
+                failed += prediction.error is not None
+                print(
+                    _as_json(file, prediction) if as_json else _as_text(file, prediction),
+                    flush=True,
+                )
+        except ClassifierError as error:
+            _fail(f"{error.code}: {error}")
     if failed:
         print(f"{failed} of {len(files)} images failed", file=sys.stderr)
     return 1 if failed else 0
@@ -127,7 +133,9 @@ def _image_files(paths: "Iterable[Path]") -> "Iterator[Path]":
 def _as_text(file: Path, prediction: "Prediction") -> str:
     if prediction.error:
         return f"{file}\tERROR {prediction.error}"
-    return f"{file}\t" + "  ".join(f"{label.name} {label.probability:.4f}" for label in prediction.labels)
+    return f"{file}\t" + "  ".join(
+        f"{label.name} {label.probability:.4f}" for label in prediction.labels
+    )
 
 
 def _as_json(file: Path, prediction: "Prediction") -> str:
@@ -189,7 +197,9 @@ def models_list(
         for row in rows:
             print(json.dumps(row))
     elif rows:
-        table = Table("model", "version", "accuracy", "parity", "classes", "input", "size", "created")
+        table = Table(
+            "model", "version", "accuracy", "parity", "classes", "input", "size", "created"
+        )
         for row in rows:
             table.add_row(*_row(row))
         Console().print(table)
@@ -215,9 +225,7 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 
 @models_app.command
-def add(
-    name: str, file: Path, *, settings: Annotated[AddSettings, _Flat] = AddSettings()
-) -> None:
+def add(name: str, file: Path, *, settings: Annotated[AddSettings, _Flat] = AddSettings()) -> None:
     """Make an ONNX image classifier that was trained elsewhere the next version of a model.
 
     Parameters
@@ -260,11 +268,15 @@ def _require(module: str, extra: str, what: str) -> None:
 
 def _check_environment() -> None:
     """Raises ConvoyError for a CONVOY_* variable that is no setting: a typing error, else unnoticed."""
-    known = {field.name for kind in (Settings, TrainingSettings, AddSettings) for field in fields(kind)}
+    known = {
+        field.name for kind in (Settings, TrainingSettings, AddSettings) for field in fields(kind)
+    }
     known |= {"server", "model", "version", "top_k", "timeout_s", "json"}
     for name in os.environ:
         if name.startswith(_PREFIX) and name.removeprefix(_PREFIX).lower() not in known:
-            raise ConvoyError(f"the environment has {name}, which is no setting: see `convoy serve --help`")
+            raise ConvoyError(
+                f"the environment has {name}, which is no setting: see `convoy serve --help`"
+            )
 
 
 def _fail(message: str) -> NoReturn:

@@ -122,7 +122,8 @@ class Classifier:
         timeout_s: float = 30.0,
     ) -> None:
         """`model` may be empty where the server has one only; `version` 0 is the one that serves;
-        `timeout_s` is each call's deadline."""
+        `timeout_s` is each call's deadline.
+        """
         self._target, self._model, self._version = target, model, version
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(target, options=_OPTIONS)
@@ -189,7 +190,10 @@ class Classifier:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -265,7 +269,10 @@ class AsyncClassifier:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.close()
 

@@ -4,6 +4,7 @@ The device is the clock: while it runs a batch, requests gather; when it is free
 goes, up to the largest batch. There is no timer and no polling.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -79,7 +80,8 @@ class Batcher:
         name: str = "batcher",
     ) -> None:
         """`on_batch` hears of every run; `on_bug` of an error in the batcher itself, after which
-        every waiting request has failed and new ones are refused."""
+        every waiting request has failed and new ones are refused.
+        """
         self._run = run
         self._row_shape = row_shape
         self._max = max_batch_size
@@ -128,7 +130,9 @@ class Batcher:
                         return
                     batch, late = self._take()
                 for request in late:
-                    _fail(request, DeadlineExceeded("the deadline passed before the device was free"))
+                    _fail(
+                        request, DeadlineExceeded("the deadline passed before the device was free")
+                    )
                 if batch:
                     self._run_batch(batch)
         # A bug here must not leave callers waiting for a thread that is gone.
@@ -208,14 +212,10 @@ def _give(piece: _Slice, outputs: Outputs, run_s: float, batch_size: int) -> Non
         queue_s = time.monotonic() - request.arrived - request.run_s
         answer = Answer(request.outputs, max(0.0, queue_s), request.run_s, request.batch_size)
         # The caller may have cancelled meanwhile.
-        try:
+        with contextlib.suppress(InvalidStateError):
             request.future.set_result(answer)
-        except InvalidStateError:
-            pass
 
 
 def _fail(request: _Request, error: Exception) -> None:
-    try:
+    with contextlib.suppress(InvalidStateError):
         request.future.set_exception(error)
-    except InvalidStateError:
-        pass

@@ -1,10 +1,10 @@
 """The version folder, which is written once and never changed: read it, verify it, write it.
 
-    models/<name>/config.pbtxt, labels.txt    so that Triton serves the very same folder
-    models/<name>/<version>/                  a positive integer; the highest is the newest
-        model.onnx                            uint8 [N, H, W, C] in, float32 [N, classes] out
-        golden.npz                            a few real inputs and the answers they must give
-        manifest.json                         the rest, and the sha256 of the other files
+models/<name>/config.pbtxt, labels.txt    so that Triton serves the very same folder
+models/<name>/<version>/                  a positive integer; the highest is the newest
+    model.onnx                            uint8 [N, H, W, C] in, float32 [N, classes] out
+    golden.npz                            a few real inputs and the answers they must give
+    manifest.json                         the rest, and the sha256 of the other files
 """
 
 import contextlib
@@ -114,9 +114,7 @@ def versions(model: Path) -> list[int]:
     """The versions in a model's folder, oldest first, whether they are whole or not."""
     if not model.is_dir():
         return []
-    return sorted(
-        int(f.name) for f in model.iterdir() if _VERSION.fullmatch(f.name) and f.is_dir()
-    )
+    return sorted(int(f.name) for f in model.iterdir() if _VERSION.fullmatch(f.name) and f.is_dir())
 
 
 def check_name(name: str) -> None:
@@ -143,9 +141,7 @@ def read(folder: Path) -> Bundle:
             golden = Golden(arrays["pixels"], arrays["probabilities"])
     except (ValueError, KeyError, OSError) as error:
         raise BrokenVersion(f"{folder / GOLDEN}: {error}") from error
-    return Bundle(
-        folder, folder.parent.name, int(folder.name), manifest, data[MODEL], golden
-    )
+    return Bundle(folder, folder.parent.name, int(folder.name), manifest, data[MODEL], golden)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -160,7 +156,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, msgspec.MsgspecError) as error:
         raise BrokenVersion(f"{path}: {error}") from error
     if manifest.format != 1:
-        raise BrokenVersion(f"{path}: format {manifest.format} is newer than this Convoy: update it")
+        raise BrokenVersion(
+            f"{path}: format {manifest.format} is newer than this Convoy: update it"
+        )
     if any(Path(name).name != name or name == MANIFEST for name in manifest.files):
         raise BrokenVersion(f"{path}: lists a file outside of its folder")
     return manifest
@@ -191,7 +189,9 @@ def write(model: Path, manifest: Manifest, onnx: bytes, golden: Golden) -> Bundl
     archive = io.BytesIO()
     np.savez_compressed(archive, pixels=golden.pixels, probabilities=golden.probabilities)
     files = {MODEL: onnx, GOLDEN: archive.getvalue()}
-    listed = {name: File(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
+    listed = {
+        name: File(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()
+    }
     manifest = dataclasses.replace(manifest, files=listed)
     files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     try:

@@ -67,9 +67,7 @@ class ClassifierRpc:
         response = await self.classify(message.request, call)
         return pb.ClassifyStreamResponse(id=message.id, response=response)
 
-    async def list_models(
-        self, request: pb.ListModelsRequest, call: Call
-    ) -> pb.ListModelsResponse:
+    async def list_models(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
         for entry in self._repository.entries():
             model = response.models.add(
@@ -95,7 +93,9 @@ class ClassifierRpc:
 def refuse_one(
     message: pb.ClassifyStreamRequest, code: grpc.StatusCode, words: str
 ) -> pb.ClassifyStreamResponse:
-    return pb.ClassifyStreamResponse(id=message.id, error=pb.Error(code=code.value[0], message=words))
+    return pb.ClassifyStreamResponse(
+        id=message.id, error=pb.Error(code=code.value[0], message=words)
+    )
 
 
 def _input(image: pb.Image, number: int) -> bytes | Pixels:
@@ -130,8 +130,5 @@ def _results(
 
 def best(row: Probabilities, labels: list[str], top_k: int) -> list[pb.Label]:
     """The `top_k` most probable labels, best first; equal ones in the order of the classes."""
-    if top_k == 1:
-        order = [int(row.argmax())]
-    else:
-        order = np.argsort(-row, kind="stable")[:top_k].tolist()
-    return [pb.Label(index=i, name=labels[i], probability=row[i]) for i in order]
+    order = [row.argmax()] if top_k == 1 else np.argsort(-row, kind="stable")[:top_k]
+    return [pb.Label(index=int(i), name=labels[i], probability=row[i]) for i in order]

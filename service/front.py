@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -45,9 +45,7 @@ class Call:
     model: str = ""
 
 
-class Handler(Protocol):
-    def __call__(self, request: Any, call: Call, /) -> Awaitable[Message]: ...
-
+Handler = Callable[[Any, Call], Awaitable[Message]]
 
 M = TypeVar("M", bound=Message)
 
@@ -72,7 +70,9 @@ class Front:
         self._idle.set()
         self._draining = asyncio.Event()
 
-    def unary(self, name: str, kind: type[Message], handler: Handler) -> grpc.RpcMethodHandler:
+    def unary(
+        self, name: str, kind: type[Message], handler: Handler
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         """A unary call `name` (for metrics) whose requests are `kind`."""
 
         async def behaviour(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
@@ -95,7 +95,7 @@ class Front:
         kind: type[Message],
         handler: Handler,
         refusal: Callable[[Any, grpc.StatusCode, str], Message],
-    ) -> grpc.RpcMethodHandler:
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         """A bidirectional call: each message is answered as by `unary`, in the order of finishing.
 
         `refusal` makes the answer for a message whose handler raised. When the server drains, what
@@ -113,7 +113,7 @@ class Front:
                 return refusal(request, *status_of(error)).SerializeToString()
 
         async def behaviour(
-            requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+            _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
         ) -> None:
             writing = asyncio.Lock()
             room = asyncio.Semaphore(_STREAM_WINDOW)
@@ -173,7 +173,9 @@ class Front:
             code = Code.DEADLINE_EXCEEDED if late else Code.CANCELLED
             raise
         except Exception as error:
-            code = next((c for kind, c in _STATUS.items() if isinstance(error, kind)), Code.INTERNAL)
+            code = next(
+                (c for kind, c in _STATUS.items() if isinstance(error, kind)), Code.INTERNAL
+            )
             raise
         finally:
             self._in_flight -= 1

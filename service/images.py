@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError, WebPImagePlugin
 
 from service.errors import InvalidImage
 
@@ -21,6 +21,10 @@ Resize = Literal["stretch", "crop"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 DEFAULT_MAX_MEGAPIXELS = 50.0
+
+# Pillow would load its decoders at the first image, and make that caller wait.
+Image.preinit()
+assert WebPImagePlugin.WebPImageFile.format in FORMATS
 
 # The limit is ours (`max_megapixels`): it is checked before pixels are decoded, with our own words.
 Image.MAX_IMAGE_PIXELS = None
@@ -44,9 +48,7 @@ class Target:
         return (self.height, self.width, self.channels)
 
 
-def decode(
-    data: bytes, target: Target, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
-) -> Pixels:
+def decode(data: bytes, target: Target, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> Pixels:
     """The pixels of an encoded image, uint8 `[height, width, channels]` of `target`.
 
     JPEG, PNG, WebP, BMP and GIF; of an animation the first frame. The EXIF orientation is
@@ -105,7 +107,7 @@ def _opened(data: bytes, max_megapixels: float) -> Iterator[Image.Image]:
             yield image
     except InvalidImage:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InvalidImage(
             f"these {len(data)} bytes are no JPEG, PNG, WebP, BMP or GIF image "
             f"(they begin with {data[:8]!r})"
@@ -147,7 +149,9 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips them
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        )
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

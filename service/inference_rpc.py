@@ -11,12 +11,13 @@ from importlib import metadata
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 
 from protos import inference_pb2 as pb
 from service import bundle as bundles
 from service.batcher import Answer
 from service.errors import InvalidImage, InvalidRequest, NotReady, UnknownModel
-from service.front import Call, Front
+from service.front import Call, Front, Handler
 from service.images import Pixels
 from service.repository import Repository, Served
 
@@ -30,7 +31,7 @@ class InferenceRpc:
         self._repository, self._ready = repository, ready
 
     def handlers(self, front: Front) -> grpc.GenericRpcHandler:
-        calls = {
+        calls: dict[str, tuple[type[Message], Handler]] = {
             "ServerLive": (pb.ServerLiveRequest, self.server_live),
             "ServerReady": (pb.ServerReadyRequest, self.server_ready),
             "ModelReady": (pb.ModelReadyRequest, self.model_ready),
@@ -39,7 +40,8 @@ class InferenceRpc:
             "ModelInfer": (pb.ModelInferRequest, self.model_infer),
         }
         return grpc.method_handlers_generic_handler(
-            SERVICE, {name: front.unary(name, kind, handler) for name, (kind, handler) in calls.items()}
+            SERVICE,
+            {name: front.unary(name, kind, handler) for name, (kind, handler) in calls.items()},
         )
 
     async def server_live(self, request: pb.ServerLiveRequest, call: Call) -> pb.ServerLiveResponse:
@@ -121,8 +123,8 @@ def _read_input(request: pb.ModelInferRequest, served: Served) -> Pixels | list[
     """Pixels uint8 [N, H, W, C], or N encoded images."""
     name, shape = served.manifest.input, served.manifest.pixels.shape
     if len(request.inputs) != 1 or request.inputs[0].name != name:
-        given = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
-        raise InvalidRequest(f"inputs: {given}; model {served.name!r} takes one, {name!r}")
+        names = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
+        raise InvalidRequest(f"inputs: {names}; model {served.name!r} takes one, {name!r}")
     tensor = request.inputs[0]
     if tensor.parameters:
         raise InvalidRequest(
@@ -135,7 +137,9 @@ def _read_input(request: pb.ModelInferRequest, served: Served) -> Pixels | list[
     given = list(tensor.shape)
     if tensor.datatype == "BYTES":
         if not given or given[0] < 1 or any(n != 1 for n in given[1:]):
-            raise InvalidRequest(f"input {name!r}: BYTES of shape {given}; expected [N], N at least 1")
+            raise InvalidRequest(
+                f"input {name!r}: BYTES of shape {given}; expected [N], N at least 1"
+            )
         images = _read_bytes(raw[0]) if raw else list(tensor.contents.bytes_contents)
         if len(images) != given[0]:
             raise InvalidRequest(f"input {name!r}: {len(images)} elements for shape {given}")
@@ -154,14 +158,13 @@ def _read_input(request: pb.ModelInferRequest, served: Served) -> Pixels | list[
         pixels = values.astype(np.uint8)
     count = given[0] * shape[0] * shape[1] * shape[2]
     if pixels.size != count:
-        raise InvalidRequest(
-            f"input {name!r}: {pixels.size} values, but shape {given} has {count}"
-        )
+        raise InvalidRequest(f"input {name!r}: {pixels.size} values, but shape {given} has {count}")
     return pixels.reshape(given)
 
 
 def _read_bytes(raw: bytes) -> list[bytes]:
-    elements, position = [], 0
+    elements: list[bytes] = []
+    position = 0
     while position < len(raw):
         if position + 4 > len(raw):
             raise InvalidRequest(f"raw BYTES end within the length of element {len(elements)}")

@@ -59,7 +59,9 @@ class Model:
     def _read_contract(self) -> None:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1:
-            raise BrokenVersion(f"{len(inputs)} inputs and {len(outputs)} outputs: expected 1 and 1")
+            raise BrokenVersion(
+                f"{len(inputs)} inputs and {len(outputs)} outputs: expected 1 and 1"
+            )
         pixels, probabilities = inputs[0], outputs[0]
         shape = list(pixels.shape)
         if (
@@ -98,7 +100,9 @@ class Model:
                 f"{(model.input, model.output, model.shape)}"
             )
         if model.fixed_batch not in (None, manifest.max_batch_size):
-            raise BrokenVersion(f"{bundle.folder}: the graph takes batches of {model.fixed_batch} only")
+            raise BrokenVersion(
+                f"{bundle.folder}: the graph takes batches of {model.fixed_batch} only"
+            )
         model._prove(bundle)
         return model
 
@@ -116,7 +120,9 @@ class Model:
                 try:
                     answers = self.run(golden.pixels[chosen])
                 except InferenceFailed as error:
-                    raise BrokenVersion(f"{bundle.folder}: a golden input fails: {error}") from error
+                    raise BrokenVersion(
+                        f"{bundle.folder}: a golden input fails: {error}"
+                    ) from error
                 expected = golden.probabilities[chosen]
                 if answers.shape != expected.shape:
                     raise BrokenVersion(

@@ -54,7 +54,8 @@ class Served:
         self, inputs: Sequence[bytes | Pixels]
     ) -> tuple[list[Pixels | InvalidImage], float]:
         """Each input as uint8 `[H, W, C]` pixels of the model's size, or why it can't be read; and
-        the seconds until the last was done. Encoded images and pixels may be mixed."""
+        the seconds until the last was done. Encoded images and pixels may be mixed.
+        """
         began = time.monotonic()
         loop, target = asyncio.get_running_loop(), self.manifest.pixels
 
@@ -153,7 +154,12 @@ class Repository:
             self._metrics.serving(name, version, bundle.sha256, model.device)
             self._metrics.broken_versions(name, len(reasons))
             served = Served(
-                bundle, model, self._decoders, self._metrics, self._settings.max_megapixels, self._on_bug
+                bundle,
+                model,
+                self._decoders,
+                self._metrics,
+                self._settings.max_megapixels,
+                self._on_bug,
             )
             return Entry(name, served, reasons[0] if reasons else "")
         self._metrics.broken_versions(name, len(reasons))

@@ -2,7 +2,7 @@
 
 import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -90,7 +90,10 @@ def _shape(
 ) -> tuple[int | None, Literal["nhwc", "nchw"], Target]:
     """The fixed batch size if there is one, the layout, and the size of images."""
     tensor = source.type.tensor_type
-    dims = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in tensor.shape.dim]
+    dims = [
+        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None
+        for d in tensor.shape.dim
+    ]
     if tensor.elem_type not in _PIXEL_TYPES or len(dims) != 4:
         raise ConvoyError(
             f"{file}: input {source.name!r} is {TensorProto.DataType.Name(tensor.elem_type)} {dims}: "
@@ -126,7 +129,9 @@ def _lift(
     kind = source.type.tensor_type.elem_type
     normalised = bool(settings.scale or settings.mean or settings.std)
     if kind == TensorProto.UINT8 and normalised:
-        raise ConvoyError(f"{file} takes uint8 pixels: --scale, --mean and --std are for float models")
+        raise ConvoyError(
+            f"{file} takes uint8 pixels: --scale, --mean and --std are for float models"
+        )
     if kind != TensorProto.UINT8 and not normalised:
         raise ConvoyError(
             f"{file} takes floats: say how pixels become floats, such as --scale {1 / 255:.8f}, with "
@@ -134,7 +139,7 @@ def _lift(
         )
     graph, name = model.graph, source.name
     taken = {output for node in graph.node for output in node.output} | {name}
-    steps: list[tuple[str, dict[str, object], np.ndarray | None]] = []
+    steps: list[tuple[str, dict[str, Any], np.ndarray | None]] = []
     if layout == "nchw":
         # On bytes, before the cast, it moves a quarter of the data.
         steps.append(("Transpose", {"perm": [0, 3, 1, 2]}, None))
@@ -147,10 +152,10 @@ def _lift(
                   ((scale, "--scale"), (mean, "--mean"), (std, "--std"))]  # fmt: skip
         if not factor[2].all():
             raise ConvoyError("--std has a 0: pixels are divided by it")
-        shape = (-1, 1, 1) if layout == "nchw" else (-1,)
-        steps.append(("Mul", {}, (factor[0] / factor[2]).reshape(shape)))
+        along = (-1, 1, 1) if layout == "nchw" else (-1,)
+        steps.append(("Mul", {}, (factor[0] / factor[2]).reshape(along)))
         if settings.mean:
-            steps.append(("Sub", {}, (factor[1] / factor[2]).reshape(shape)))
+            steps.append(("Sub", {}, (factor[1] / factor[2]).reshape(along)))
         if kind == TensorProto.FLOAT16:
             steps.append(("Cast", {"to": TensorProto.FLOAT16}, None))
     if steps:
@@ -195,7 +200,7 @@ def _free_name(wanted: str, taken: set[str]) -> str:
 def _lower(model: onnx.ModelProto, sink: onnx.ValueInfoProto, softmax: bool) -> None:
     """Makes the graph give float32 under the name that its output has, through a softmax if asked."""
     graph, kind = model.graph, sink.type.tensor_type.elem_type
-    steps: list[tuple[str, dict[str, int]]] = []
+    steps: list[tuple[str, dict[str, Any]]] = []
     if kind != TensorProto.FLOAT:
         steps.append(("Cast", {"to": TensorProto.FLOAT}))
     if softmax:

@@ -80,7 +80,7 @@ class Dataset:
     test: Split
 
 
-def _untracked(items: Iterable[Any], doing: str, total: int) -> Iterable[Any]:
+def _untracked(items: Iterable[Any], _doing: str, _total: int) -> Iterable[Any]:
     return items
 
 
@@ -96,7 +96,9 @@ def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
     else:
         name, classes, target, given = _folder(folder, settings, track)
     if len(classes) < 2:
-        raise DataError(f"{settings.data} has a single class, {classes[0]!r}: two at least are needed")
+        raise DataError(
+            f"{settings.data} has a single class, {classes[0]!r}: two at least are needed"
+        )
     everything = given["train"]
     if "test" in given:
         train, test = everything, given["test"]
@@ -106,19 +108,24 @@ def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
     data = Dataset(settings.name or name, classes, target, train, validation, test)
     for split, what in ((train, "train on"), (validation, "validate on"), (test, "test with")):
         for missing in sorted(set(range(len(classes))) - set(split.labels.tolist())):
-            raise DataError(f"class {classes[missing]!r} has no image left to {what}: add images to it")
+            raise DataError(
+                f"class {classes[missing]!r} has no image left to {what}: add images to it"
+            )
     return data
 
 
 def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
     """The rest, and about `share` of each class."""
-    hashes = np.array(
-        [
-            int.from_bytes(hashlib.sha256(salt.encode() + row.tobytes()).digest()[:8], "big")
-            for row in split.inputs
-        ],
-        np.float64,
-    ) / 2**64
+    hashes = (
+        np.array(
+            [
+                int.from_bytes(hashlib.sha256(salt.encode() + row.tobytes()).digest()[:8], "big")
+                for row in split.inputs
+            ],
+            np.float64,
+        )
+        / 2**64
+    )
     chosen = hashes < share
     for label in np.unique(split.labels):
         members = np.flatnonzero(split.labels == label)
@@ -184,7 +191,11 @@ def _list(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
             )
         found += [(file, label) for file in chosen]
     if ignored:
-        log.warning("%d files are no images by their name and are left out: %s ...", len(ignored), ignored[0])
+        log.warning(
+            "%d files are no images by their name and are left out: %s ...",
+            len(ignored),
+            ignored[0],
+        )
     return found
 
 

@@ -114,16 +114,15 @@ def fit(
 
 
 def augment(batch: Pixels, settings: TrainingSettings, random: np.random.Generator) -> Pixels:
-    """`batch` uint8 `[N, H, W, C]`, each image moved and mirrored as `settings` say."""
+    """`batch` uint8 `[N, H, W, C]`, each image mirrored and moved as `settings` say; may change it."""
     count, height, width, _ = batch.shape
+    rows = np.arange(count)[:, None, None]
     if settings.flip:
-        mirrored = random.random(count) < 0.5
-        batch = np.where(mirrored[:, None, None, None], batch[:, :, ::-1], batch)
+        mirrored = np.flatnonzero(random.random(count) < 0.5)
+        batch[mirrored] = batch[mirrored, :, ::-1]
     if settings.shift:
         shift = settings.shift
         padded = np.pad(batch, [(0, 0), (shift, shift), (shift, shift), (0, 0)], mode="edge")
-        top = random.integers(0, 2 * shift + 1, count)[:, None] + np.arange(height)
-        left = random.integers(0, 2 * shift + 1, count)[:, None] + np.arange(width)
-        rows = np.arange(count)[:, None, None]
-        batch = padded[rows, top[:, :, None], left[:, None, :]]
+        top, left = random.integers(0, 2 * shift + 1, (2, count, 1, 1))
+        batch = padded[rows, top + np.arange(height)[:, None], left + np.arange(width)]
     return batch

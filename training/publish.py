@@ -16,7 +16,16 @@ from training.settings import TrainingSettings
 # On fewer test images than this, all of them right is no reason to wonder.
 _HANDFUL = 50
 
-_PACKAGES = ("convoy-serving", "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "numpy", "pillow")
+_PACKAGES = (
+    "convoy-serving",
+    "tensorflow",
+    "keras",
+    "tf2onnx",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+    "pillow",
+)
 
 
 class GateClosed(ConvoyError):

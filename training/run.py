@@ -53,7 +53,9 @@ def run(settings: TrainingSettings, console: Console) -> Bundle:
         bar = progress.add_task("training", total=None)
 
         def on_step(step: int, steps: int, loss: float) -> None:
-            progress.update(bar, completed=step, total=steps, description=f"training, loss {loss:.3f}")
+            progress.update(
+                bar, completed=step, total=steps, description=f"training, loss {loss:.3f}"
+            )
 
         def on_epoch(epoch: fit.Epoch) -> None:
             progress.console.print(
