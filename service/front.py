@@ -72,10 +72,10 @@ class Front:
 
     def unary(
         self, name: str, kind: type[Message], handler: Handler
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         """A unary call `name` (for metrics) whose requests are `kind`."""
 
-        async def behaviour(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        async def behaviour(data: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
             call = _call(context)
             try:
                 with self._counted(name, call):
@@ -95,14 +95,14 @@ class Front:
         kind: type[Message],
         handler: Handler,
         refusal: Callable[[Any, grpc.StatusCode, str], Message],
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         """A bidirectional call: each message is answered as by `unary`, in the order of finishing.
 
         `refusal` makes the answer for a message whose handler raised. When the server drains, what
         was read is answered and the stream ends with UNAVAILABLE.
         """
 
-        async def answer(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        async def answer(data: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
             request = kind()
             call = _call(context)
             try:
@@ -113,7 +113,7 @@ class Front:
                 return refusal(request, *status_of(error)).SerializeToString()
 
         async def behaviour(
-            _requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+            _requests: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[Any, Any]"
         ) -> None:
             writing = asyncio.Lock()
             room = asyncio.Semaphore(_STREAM_WINDOW)
@@ -196,6 +196,6 @@ class Front:
             raise errors.InvalidRequest(f"the body is no {kind.DESCRIPTOR.full_name}") from None
 
 
-def _call(context: grpc.aio.ServicerContext[Any, Any]) -> Call:
+def _call(context: "grpc.aio.ServicerContext[Any, Any]") -> Call:
     now, remaining = time.monotonic(), context.time_remaining()
     return Call(now, None if remaining is None else now + remaining)
