@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -264,6 +264,66 @@ def _require(module: str, extra: str, what: str) -> None:
         raise ConvoyError(
             f"{what} needs {module}, which is not installed: pip install 'convoy-serving[{extra}]'"
         )
+
+
+@app.command
+def evaluate(
+    *,
+    data: str = "digits",
+    models: Path | None = None,
+    name: str = "",
+    version: int = 0,
+    server: str = "",
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> int:
+    """Score a published version on the test images, in this process and, if asked, over the wire.
+
+    Exits with 1 where the server's accuracy is not exactly that of the file.
+
+    Parameters
+    ----------
+    data
+        As for `convoy train`; where test images are cut off, they are the same that training cut.
+    models
+        Folder of models. Default: ./models if there is one, else the models that come with Convoy.
+    name
+        Name of the model. Default: that of the data.
+    version
+        Version to score; 0 means the newest.
+    server
+        HOST:PORT of a server of the same version: each image is sent to it as the file it is.
+    as_json
+        Print one JSON object.
+    """
+    _require("onnxruntime", "cpu", "evaluating")
+    from rich.console import Console
+
+    from convoy.client import Classifier, ClassifierError
+    from training.evaluate import score, score_answers, served_answers
+    from training.run import load_test
+
+    console = Console(stderr=as_json, soft_wrap=True)
+    bundle, model, test = load_test(data, models or default_models(), name, version, console)
+    offline = score(model.run, test)
+    found: dict[str, Any] = {"model": bundle.name, "version": bundle.version, "offline": offline}
+    if server:
+        with Classifier(server, model=bundle.name, version=bundle.version) as classifier:
+            try:
+                answered = served_answers(classifier, test, len(bundle.manifest.labels))
+            except ClassifierError as error:
+                _fail(f"{error.code}: {error}")
+        found["served"] = score_answers(answered, test.labels)
+    if as_json:
+        print(json.dumps(found, default=asdict))
+    else:
+        for where in ("offline", "served"):
+            if where in found:
+                scores = found[where]
+                print(
+                    f"{where:8} accuracy {scores.accuracy:.4f} ({scores.correct} of {scores.images}), "
+                    f"log loss {scores.log_loss:.4f}"
+                )
+    return int(server != "" and found["served"].correct != offline.correct)
 
 
 def _check_environment() -> None:

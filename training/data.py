@@ -90,20 +90,12 @@ def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
     A test split that is not given is cut by a hash of each image's content: it stays the same when
     images are added, and copies of an image never end up on both sides. Raises DataError.
     """
-    folder = Path(settings.data)
-    if settings.data == "digits" and not folder.exists():
-        name, classes, target, given = _digits()
-    else:
-        name, classes, target, given = _folder(folder, settings, track)
+    name, classes, target, given = _given(settings, track, ("train", "test"))
     if len(classes) < 2:
         raise DataError(
             f"{settings.data} has a single class, {classes[0]!r}: two at least are needed"
         )
-    everything = given["train"]
-    if "test" in given:
-        train, test = everything, given["test"]
-    else:
-        train, test = _cut(everything, settings.test_share, f"test {settings.split_seed}")
+    train, test = _test_cut_off(given, settings)
     train, validation = _cut(train, settings.validation_share, f"validation {settings.split_seed}")
     data = Dataset(settings.name or name, classes, target, train, validation, test)
     for split, what in ((train, "train on"), (validation, "validate on"), (test, "test with")):
@@ -112,6 +104,18 @@ def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
                 f"class {classes[missing]!r} has no image left to {what}: add images to it"
             )
     return data
+
+
+def load_test(settings: TrainingSettings, track: Track = _untracked) -> tuple[list[str], Split]:
+    """The names of the classes, and the test split alone, as `load` has it."""
+    _, classes, _, given = _given(settings, track, ("test",))
+    return list(classes), _test_cut_off(given, settings)[1]
+
+
+def _test_cut_off(given: dict[str, Split], settings: TrainingSettings) -> tuple[Split, Split]:
+    if "test" in given:
+        return given.get("train", given["test"]), given["test"]
+    return _cut(given["train"], settings.test_share, f"test {settings.split_seed}")
 
 
 def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
@@ -138,6 +142,14 @@ def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
 _Given = tuple[str, tuple[str, ...], Target, dict[str, Split]]
 
 
+def _given(settings: TrainingSettings, track: Track, wanted: Sequence[str]) -> _Given:
+    """Name, classes, size and splits of the data, those of `wanted` that they come with."""
+    folder = Path(settings.data)
+    if settings.data == "digits" and not folder.exists():
+        return _digits()
+    return _folder(folder, settings, track, wanted)
+
+
 def _digits() -> _Given:
     try:
         from sklearn.datasets import load_digits
@@ -153,7 +165,9 @@ def _digits() -> _Given:
     return "digits", classes, Target(8, 8, 1), {"train": split}
 
 
-def _folder(folder: Path, settings: TrainingSettings, track: Track) -> _Given:
+def _folder(
+    folder: Path, settings: TrainingSettings, track: Track, wanted: Sequence[str]
+) -> _Given:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: --data takes one with a subfolder for each class")
     parts = {"train": folder / "train", "test": folder / "test"}
@@ -167,6 +181,7 @@ def _folder(folder: Path, settings: TrainingSettings, track: Track) -> _Given:
     given = {
         name: _read(files, target, settings.skip_unreadable, track, f"reading {name} images")
         for name, files in found.items()
+        if name in wanted or len(found) == 1
     }
     return folder.resolve().name, classes, target, given
 

@@ -1,12 +1,16 @@
 """How good a classifier is: one function for the network, the ONNX file and the running server."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from service.bundle import Probabilities, Scores
 from service.images import Pixels
 from training.data import Labels, Split
+
+if TYPE_CHECKING:
+    from convoy.client import Classifier
 
 # Enough rows to keep the device busy, few enough for any memory.
 _CHUNK = 256
@@ -21,6 +25,23 @@ def answers(predict: Callable[[Pixels], Probabilities], inputs: Pixels) -> Proba
     """What `predict` says about `inputs`, asked for in chunks."""
     chunks = [predict(inputs[start : start + _CHUNK]) for start in range(0, len(inputs), _CHUNK)]
     return np.concatenate(chunks)
+
+
+def served_answers(classifier: "Classifier", split: Split, classes: int) -> Probabilities:
+    """What a running server says about the files of `split`, in their order, `[N, classes]`.
+
+    Raises ClassifierError, also where a single image fails.
+    """
+    probabilities = np.zeros((len(split), classes), np.float32)
+    encoded = (split.encoded(position) for position in range(len(split)))
+    for row, prediction in zip(
+        probabilities, classifier.classify_many(encoded, classes), strict=True
+    ):
+        if prediction.error:
+            raise prediction.error
+        for label in prediction.labels:
+            row[label.index] = label.probability
+    return probabilities
 
 
 def score_answers(probabilities: Probabilities, labels: Labels) -> Scores:

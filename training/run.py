@@ -4,6 +4,7 @@ import datetime
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 # TensorFlow greets, and notes that a machine has no GPU, on standard error.
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from service import bundle as bundles
 from service.bundle import Bundle, Golden, Manifest
+from service.errors import ConvoyError
 from service.model import Model
 from training import data as datasets
 from training.data import Dataset, Split
@@ -121,6 +123,36 @@ def run(settings: TrainingSettings, console: Console) -> Bundle:
     )
     console.print(f"published {bundle.folder}")
     return bundle
+
+
+def load_test(
+    data: str, models: Path, name: str, version: int, console: Console
+) -> tuple[Bundle, Model, Split]:
+    """A published version (0: the newest) and the test images of `data`, cut as its training cut
+    them. Raises BrokenVersion or DataError.
+    """
+    folder = models / (name or Path(data).resolve().name)
+    available = bundles.versions(folder)
+    if not available or version not in (0, *available):
+        raise ConvoyError(f"{folder} has no version {version or 'at all'}; it has {available}")
+    bundle = bundles.read(folder / str(version or available[-1]))
+    pixels = bundle.manifest.pixels
+    settings = TrainingSettings(**bundle.manifest.training.get("settings", {}))
+    settings = replace(
+        settings,
+        data=data,
+        image_size=pixels.height,
+        channels=1 if pixels.channels == 1 else 3,
+        resize=pixels.resize,
+    )
+    with _progress(console) as progress:
+        classes, test = datasets.load_test(settings, _tracker(progress))
+    if classes != bundle.manifest.labels:
+        raise datasets.DataError(
+            f"the classes of {data} are {', '.join(classes)}; "
+            f"those of {folder}: {', '.join(bundle.manifest.labels)}"
+        )
+    return bundle, Model.load(bundle, device="cpu"), test
 
 
 def choose_golden(split: Split) -> Any:
