@@ -6,21 +6,27 @@ about went through the same code.
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError, WebPImagePlugin
+from PIL import ExifTags, Image, UnidentifiedImageError, WebPImagePlugin
 
 from service.errors import InvalidImage
 
 Pixels = npt.NDArray[np.uint8]
 Resize = Literal["stretch", "crop"]
+Box = tuple[float, float, float, float]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 DEFAULT_MAX_MEGAPIXELS = 50.0
+
+# The most that a JPEG or GIF can have. One pixel wide and fifty million high would be within
+# `max_megapixels`, and take ten seconds and two gigabytes to resize.
+MAX_SIDE = 65_535
 
 # Pillow would load its decoders at the first image, and make that caller wait.
 Image.preinit()
@@ -28,6 +34,19 @@ assert WebPImagePlugin.WebPImageFile.format in FORMATS
 
 # The limit is ours (`max_megapixels`): it is checked before pixels are decoded, with our own words.
 Image.MAX_IMAGE_PIXELS = None
+
+# Pillow warns about odd metadata, which is a caller's affair, on the server's standard error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +80,11 @@ def decode(data: bytes, target: Target, max_megapixels: float = DEFAULT_MAX_MEGA
         # A JPEG decoder can halve as it decodes. Twice the target is left for the resize to fill;
         # the larger side counts because an orientation may swap the two.
         side = 2 * max(target.height, target.width)
-        image.draft(None, (side, side))
+        drafted = image.draft(None, (side, side))
         image.load()
-        return _fit(_upright(image), target)
+        # So reduced, the last row and column may lie partly outside of the picture.
+        picture = drafted[1] if drafted else (0, 0, *image.size)
+        return _fit(image, picture, _orientation(image), target)
 
 
 def probe(
@@ -94,7 +115,7 @@ def prepare(
         )
     _check_size(pixels.shape[1], pixels.shape[0], max_megapixels)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    return _fit(image, target)
+    return _fit(image, (0, 0, *image.size), 1, target)
 
 
 @contextlib.contextmanager
@@ -124,34 +145,52 @@ def _check_size(width: int, height: int, max_megapixels: float) -> None:
             f"the image has {megapixels:.1f} megapixels ({width}x{height}), "
             f"the limit is {max_megapixels:g}: send a smaller one"
         )
+    if max(width, height) > MAX_SIDE:
+        raise InvalidImage(
+            f"the image is {width}x{height}, the limit is {MAX_SIDE} a side: send a smaller one"
+        )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """As EXIF counts: 1 is upright, from 5 on height and width are swapped."""
+    # Not ImageOps.exif_transpose: it also writes the other tags anew, and fails where one is odd.
     try:
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     # Unreadable metadata does not make the picture unreadable.
     except Exception:
-        return image
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
-def _fit(image: Image.Image, target: Target) -> Pixels:
+def _fit(image: Image.Image, picture: Box, orientation: int, target: Target) -> Pixels:
     image = _to_mode(image, "L" if target.channels == 1 else "RGB")
+    # The result is turned, as it has fewer pixels than the image.
     size = (target.width, target.height)
-    if image.size != size:
-        if target.resize == "crop":
-            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
-        else:
-            image = image.resize(size, Image.Resampling.BILINEAR)
+    if orientation >= 5:
+        size = size[::-1]
+    box = _centre(picture, size) if target.resize == "crop" else picture
+    image = image.resize(size, Image.Resampling.BILINEAR, box)
+    if orientation > 1:
+        image = image.transpose(_UPRIGHT[orientation])
     return np.asarray(image, np.uint8).reshape(target.shape)
+
+
+def _centre(picture: Box, size: tuple[int, int]) -> Box:
+    """The largest centred part of `picture` with the proportions of `size`."""
+    width = min(picture[2], picture[3] * size[0] / size[1])
+    height = min(picture[3], picture[2] * size[1] / size[0])
+    left, top = (picture[2] - width) / 2, (picture[3] - height) / 2
+    return left, top, left + width, top + height
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips them
-        image = Image.fromarray(
-            (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        )
+        deep = np.asarray(image).astype(np.uint32)
+        upper = (deep >> 8).clip(0, 255).astype(np.uint8)
+        upper[deep == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(upper)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
