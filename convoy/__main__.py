@@ -225,7 +225,9 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 
 @models_app.command
-def add(name: str, file: Path, *, settings: Annotated[AddSettings, _Flat] = AddSettings()) -> None:
+def add(
+    name: str, file: Path, /, *, settings: Annotated[AddSettings, _Flat] = AddSettings()
+) -> None:
     """Make an ONNX image classifier that was trained elsewhere the next version of a model.
 
     Parameters

@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 
 from service.errors import ConvoyError
-from service.images import Pixels
 from training.data import Dataset
 from training.evaluate import score
 from training.settings import TrainingSettings
@@ -86,8 +85,7 @@ def fit(
         order = random.permutation(len(labels))
         for start in range(0, len(order), settings.batch_size):
             chosen = order[start : start + settings.batch_size]
-            batch = augment(images[chosen], settings, random)
-            loss, right = train_step(tf.constant(batch), tf.constant(labels[chosen]))
+            loss, right = train_step(tf.constant(images[chosen]), tf.constant(labels[chosen]))
             step += 1
             value = float(loss)
             if not math.isfinite(value):
@@ -111,18 +109,3 @@ def fit(
         history.append(epoch)
         on_epoch(epoch)
     return history
-
-
-def augment(batch: Pixels, settings: TrainingSettings, random: np.random.Generator) -> Pixels:
-    """`batch` uint8 `[N, H, W, C]`, each image mirrored and moved as `settings` say; may change it."""
-    count, height, width, _ = batch.shape
-    rows = np.arange(count)[:, None, None]
-    if settings.flip:
-        mirrored = np.flatnonzero(random.random(count) < 0.5)
-        batch[mirrored] = batch[mirrored, :, ::-1]
-    if settings.shift:
-        shift = settings.shift
-        padded = np.pad(batch, [(0, 0), (shift, shift), (shift, shift), (0, 0)], mode="edge")
-        top, left = random.integers(0, 2 * shift + 1, (2, count, 1, 1))
-        batch = padded[rows, top + np.arange(height)[:, None], left + np.arange(width)]
-    return batch

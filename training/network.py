@@ -14,12 +14,14 @@ def basic(data: Dataset, settings: TrainingSettings) -> keras.Model:
     recognition", 1998), with ReLU, max pooling and dropout.
     """
     layers = keras.layers
+    height, width, _ = data.target.shape
     mean = data.train.inputs.mean(axis=(0, 1, 2), dtype=np.float64)
     deviation = data.train.inputs.std(axis=(0, 1, 2), dtype=np.float64) + 1e-3
     first, second = settings.filters
     return keras.Sequential(
         [
             layers.Input(data.target.shape),
+            *augmentation(settings, height, width),
             layers.Rescaling((1 / deviation).tolist(), (-mean / deviation).tolist()),
             layers.Conv2D(first, settings.kernel_size, padding="same", activation="relu"),
             layers.MaxPooling2D(),
@@ -34,3 +36,17 @@ def basic(data: Dataset, settings: TrainingSettings) -> keras.Model:
         ],
         name="basic",
     )
+
+
+def augmentation(settings: TrainingSettings, height: int, width: int) -> list[keras.Layer]:
+    """What is done to training images on the fly. Elsewhere these layers pass images through."""
+    layers, seed = keras.layers, settings.seed
+    shifts = (settings.shift / height, settings.shift / width)
+    chosen = [
+        settings.flip and layers.RandomFlip("horizontal", seed=seed),
+        settings.shift and layers.RandomTranslation(*shifts, fill_mode="nearest", seed=seed),
+        settings.rotate
+        and layers.RandomRotation(settings.rotate / 360, fill_mode="nearest", seed=seed),
+        settings.zoom and layers.RandomZoom(settings.zoom, fill_mode="nearest", seed=seed),
+    ]
+    return [layer for layer in chosen if layer]

@@ -90,19 +90,19 @@ def gate(
         Check(
             "accuracy is plausible",
             f"{scores.correct} of {scores.images} right",
-            "not every one: else test images are among the trained, or the label shows in them",
+            "not all: then the test may be among the trained images",
             not suspicious,
         ),
         Check(
             "parity",
             f"{parity.max_abs_difference:.2e}",
-            f"at most {settings.max_parity:.2e} from the network's probabilities",
+            f"at most {settings.max_parity:.2e} off the network's answers",
             parity.max_abs_difference <= settings.max_parity,
         ),
         Check(
             "agreement",
             f"{parity.label_agreement:.4f}",
-            f"at least {settings.min_agreement:.4f} of labels as the network's",
+            f"at least {settings.min_agreement:.4f} of the network's labels",
             parity.label_agreement >= settings.min_agreement,
         ),
     ]

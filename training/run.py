@@ -1,8 +1,11 @@
 """One training run: load, build, fit, export, verify, score, gate, publish. Shows how far it is."""
 
+import contextlib
 import datetime
 import os
-from collections.abc import Iterable
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ def run(settings: TrainingSettings, console: Console) -> Bundle:
         data = datasets.load(settings, _tracker(progress))
     bundles.check_name(data.name)
     console.print(_describe(data))
-    with console.status("loading TensorFlow"):
+    with console.status("loading TensorFlow"), _quiet_stderr():
         from training import export, fit, network
 
     fit.prepare(settings.seed)
@@ -165,10 +168,31 @@ def choose_golden(split: Split) -> Any:
 def gate_table(checks: list[Check]) -> Table:
     """The gate as a person reads it."""
     table = Table("gate", "value", "wanted", "")
+    table.columns[0].no_wrap = table.columns[3].no_wrap = True
     for check in checks:
         verdict = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
         table.add_row(check.name, check.value, check.wanted, verdict)
     return table
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Holds back what TensorFlow's C++ says while it loads, before its log level is in force: on a
+    machine without a GPU, several times, that there is no GPU. Shown where loading fails.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(kept, said.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _describe(data: Dataset) -> str:

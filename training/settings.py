@@ -76,8 +76,14 @@ class TrainingSettings:
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over all classes."""
 
-    shift: int = 0
+    shift: float = 0.0
     """Training images are moved by up to so many pixels each way."""
+
+    rotate: float = 0.0
+    """Training images are turned by up to so many degrees each way."""
+
+    zoom: float = 0.0
+    """Training images are scaled by up to this share, up or down."""
 
     flip: bool = False
     """Training images are mirrored left to right half of the time."""

@@ -1,0 +1,75 @@
+# `make` lists the targets. Needs Python 3.11 to 3.13, make and pip; everything else goes into .venv.
+
+CANDIDATES := python3 python3.13 python3.12 python3.11
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PROTOC = $(BIN)/python -m grpc_tools.protoc -I. protos/*.proto
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header --no-annotate $(UPGRADE) pyproject.toml
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: .venv/installed ## Make .venv with everything, at the locked versions
+
+.venv/installed: locks/dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r locks/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: demo
+demo: install ## Train on digits, prove, publish, serve, classify: the whole line in a minute
+	$(BIN)/python examples/demo.py
+
+.PHONY: serve
+serve: install ## Serve ./models on ports 8001 (gRPC) and 8002 (metrics)
+	$(BIN)/convoy serve
+
+.PHONY: test
+test: install ## Run all tests
+	$(BIN)/pytest
+
+.PHONY: unit
+unit: install ## Run the tests that take seconds
+	$(BIN)/pytest tests/unit
+
+.PHONY: check
+check: install ## Check format, lint, types, import rules, generated code and generated docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && \
+		$(PROTOC) --python_out="$$new" --pyi_out="$$new" --grpc_python_out="$$new" && \
+		for file in "$$new"/protos/*; do cmp "$$file" "protos/$${file##*/}" || \
+			{ echo "the generated code is not that of protos/*.proto: make protos"; exit 1; }; done
+	$(BIN)/python docs/generate.py --check
+
+.PHONY: format
+format: install ## Format the code and mend what lint can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: protos
+protos: install ## Generate protos/*_pb2* from protos/*.proto
+	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
+
+.PHONY: docs
+docs: install ## Generate the settings tables in README.md and docs/
+	$(BIN)/python docs/generate.py
+
+.PHONY: lock
+lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest versions)
+	$(LOCK) --extra cpu --output-file locks/cpu.txt
+	$(LOCK) --extra gpu --output-file locks/gpu.txt
+	$(LOCK) --extra cpu --extra train --extra dev --output-file locks/dev.txt
+
+.PHONY: clean
+clean: ## Remove .venv, caches and demo runs
+	rm -rf .venv .cache runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
