@@ -106,7 +106,8 @@ def run(settings: TrainingSettings, console: Console) -> Bundle:
         scores=scores,
         parity=parity,
         training={
-            "settings": asdict(replace(settings, models=str(settings.models))),  # type: ignore[arg-type]
+            # All but where it was published, which is no part of how it was trained.
+            "settings": {k: v for k, v in asdict(settings).items() if k != "models"},
             "images": {
                 name: {
                     "count": len(split),
