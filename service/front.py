@@ -65,7 +65,7 @@ class Front:
     def __init__(self, metrics: Metrics, max_request_bytes: int, max_in_flight: int) -> None:
         self._metrics = metrics
         self._max_bytes, self._max_in_flight = max_request_bytes, max_in_flight
-        self._in_flight = 0
+        self._in_flight = self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = asyncio.Event()
@@ -76,6 +76,7 @@ class Front:
         """A unary call `name` (for metrics) whose requests are `kind`."""
 
         async def behaviour(data: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
+            self._opened(context)
             call = _call(context)
             try:
                 with self._counted(name, call):
@@ -115,14 +116,17 @@ class Front:
         async def behaviour(
             _requests: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[Any, Any]"
         ) -> None:
+            self._opened(context)
             writing = asyncio.Lock()
             room = asyncio.Semaphore(_STREAM_WINDOW)
 
             async def respond(data: bytes) -> None:
                 try:
                     response = await answer(data, context)
+                    # A write fails where the caller has gone: nobody is left to be told.
                     async with writing:
-                        await context.write(response)
+                        with contextlib.suppress(grpc.aio.BaseError):
+                            await context.write(response)
                 finally:
                     room.release()
 
@@ -147,20 +151,32 @@ class Front:
         return grpc.stream_stream_rpc_method_handler(behaviour)
 
     async def drain(self, grace_s: float) -> bool:
-        """Ends streams, waits until nothing is in flight; False where that took over `grace_s`."""
+        """Ends streams, waits for every call's end; False where that took over `grace_s`."""
         self._draining.set()
         try:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
-            log.warning("%d requests were cut off after %g s", self._in_flight, grace_s)
+            log.warning("%d calls were cut off after %g s", self._calls, grace_s)
             return False
         return True
+
+    def _opened(self, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        """A call keeps the server from stopping until its caller has taken all of its answers."""
+
+        def closed(_: object) -> None:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+        self._calls += 1
+        self._idle.clear()
+        # The type stubs have a plain class where they mean a protocol.
+        context.add_done_callback(closed)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def _counted(self, name: str, call: Call) -> Iterator[None]:
         code = Code.OK
         self._in_flight += 1
-        self._idle.clear()
         self._metrics.started()
         try:
             if self._in_flight > self._max_in_flight:
@@ -179,8 +195,6 @@ class Front:
             raise
         finally:
             self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
             seconds = time.monotonic() - call.arrived
             self._metrics.finished(name, call.model, code.name, seconds)
 

@@ -1,0 +1,227 @@
+"""What tests of several folders share: the real server, as a process of its own."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Generous: it only decides how long a test that hangs takes to fail.
+TIMEOUT_S = 30.0
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment without the CONVOY_* settings of whoever runs the tests, and `variables`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CONVOY_")}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **variables}
+
+
+def convoy(
+    *arguments: str | Path, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command `convoy` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "convoy", *map(str, arguments)],
+        capture_output=True,
+        check=False,
+        cwd=cwd,
+        env=environment(**variables),
+        text=True,
+        timeout=4 * TIMEOUT_S,
+    )
+
+
+class Server:
+    """`convoy serve` on free ports, from its start until `stop`; `with` asserts exit status 0."""
+
+    def __init__(
+        self,
+        *arguments: str | Path,
+        models: Path | None = None,
+        cwd: Path | None = None,
+        python: tuple[str, ...] = (),
+    ) -> None:
+        """Later `arguments` win over the helper's own; `python` are options of the interpreter."""
+        command = [sys.executable, *python, "-m", "convoy", "serve", "--host", "127.0.0.1"]
+        command += [] if models is None else ["--models", str(models)]
+        command += _defaults(arguments, port="0", metrics_port="0", shutdown_delay_s="0")
+        self._process = subprocess.Popen(
+            [*command, *map(str, arguments)],
+            cwd=cwd,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+        self.port = self.metrics_port = 0
+        self._lines: list[str] = []
+        self._ended = self._told = False
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr
+        for line in self._process.stderr:
+            with self._changed:
+                self._lines.append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    @property
+    def log(self) -> str:
+        """Everything written to standard error so far."""
+        with self._changed:
+            return "".join(self._lines)
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Waits until the log holds `pattern`, and returns the match."""
+
+        def found() -> re.Match[str] | None:
+            return re.search(pattern, "".join(self._lines))
+
+        with self._changed:
+            self._changed.wait_for(lambda: found() or self._ended, TIMEOUT_S)
+            match = found()
+        assert match, f"{pattern!r} is not in the log:\n{self.log}"
+        return match
+
+    def ready(self) -> Self:
+        """Waits until it says that it is ready, and learns its ports."""
+        ports = self.wait_for(r"ready in .* gRPC on \S+:(\d+), metrics on http://[^:]+:(\d+)/")
+        self.port, self.metrics_port = int(ports[1]), int(ports[2])
+        return self
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def channel(self) -> grpc.Channel:
+        # Without a retry policy, and with a connection of its own.
+        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        options += [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        return grpc.insecure_channel(self.target, options)
+
+    def http(self, path: str, **headers: str) -> tuple[int, str]:
+        """The status and body of a GET."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.metrics_port}{path}", headers=headers
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics, as `name{label="value",...}` with the labels in order."""
+        samples = {}
+        for family in text_string_to_metric_families(self.http("/metrics")[1]):
+            for sample in family.samples:
+                labels = ",".join(
+                    f'{name}="{sample.labels[name]}"' for name in sorted(sample.labels)
+                )
+                samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return samples
+
+    def wait_for_metric(self, sample: str, value: float) -> None:
+        """Waits until the sample of /metrics is at least `value`."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while (now := self.metrics().get(sample, 0.0)) < value:
+            assert time.monotonic() < deadline, f"{sample} is {now}, not {value}"
+
+    def wait_until_in_flight(self, requests: int) -> None:
+        self.wait_for_metric("convoy_requests_in_flight", requests)
+
+    def send(self, number: signal.Signals) -> None:
+        self._told = True
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
+        """Waits for the process to end; its exit status. Raises subprocess.TimeoutExpired."""
+        status = self._process.wait(timeout_s)
+        self._reader.join(TIMEOUT_S)
+        return status
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Sends the signal and waits; the exit status."""
+        self.send(number)
+        return self.wait()
+
+    def close(self) -> None:
+        """Ends the process whatever state it is in."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        assert self._process.stderr
+        self._process.stderr.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                status = self.wait() if self._told else self.stop()
+                assert status == 0, self.log
+        finally:
+            self.close()
+
+
+def _defaults(arguments: tuple[str | Path, ...], **values: str) -> list[str]:
+    flags = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    return [part for flag in flags.items() if flag[0] not in arguments for part in flag]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shipped digits, and `colours`, whose answers can be worked out by hand."""
+    from tests.integration.models import add_colours
+
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(REPOSITORY / "models" / "digits", folder / "digits")
+    add_colours(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(models: Path) -> Iterator[Server]:
+    """Serves `models`, for the whole session."""
+    with Server(models=models) as server:
+        yield server.ready()
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves what `convoy serve` serves where nothing is said and nothing lies around."""
+    with Server(cwd=tmp_path_factory.mktemp("empty")) as server:
+        yield server.ready()
+
+
+@pytest.fixture
+def channel(server: Server) -> Iterator[grpc.Channel]:
+    with server.channel() as channel:
+        yield channel

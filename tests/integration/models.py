@@ -1,0 +1,108 @@
+"""Small models, and what they must answer."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx.parser
+
+from service import bundle as bundles
+from service.bundle import Bundle, Golden, Probabilities
+from service.images import Pixels
+from service.model import Model
+from tests.conftest import REPOSITORY
+from training.add import add
+from training.settings import AddSettings
+
+COLOURS = ("red", "green", "blue")
+COLOURS_BATCH = 8
+
+_COLOURS = """
+<ir_version: 10, opset_import: ["" : 18]>
+colours (float[N, 4, 4, 3] image) => (float[N, 3] scores) {
+  axes = Constant <value_ints = [1, 2]> ()
+  scores = ReduceMean <keepdims = 0> (image, axes)
+}
+"""
+
+# Where the largest pixel is 1, it multiplies matrices for a while: about a second on one core.
+_SLOW = """
+<ir_version: 10, opset_import: ["" : 18]>
+slow (uint8[N, 2, 2, 1] image) => (float[N, 4] scores) {
+  values = Cast <to = 1> (image)
+  largest = ReduceMax <keepdims = 0> (values)
+  one = Constant <value_float = 1.0> ()
+  is_one = Equal (largest, one)
+  asked = Cast <to = 7> (is_one)
+  many = Constant <value_int = 2000> ()
+  rounds = Mul (asked, many)
+  yes = Constant <value = bool {1}> ()
+  shape = Constant <value_ints = [256, 256]> ()
+  start = ConstantOfShape <value = float[1] {0.01}> (shape)
+  end = Loop (rounds, yes, start) <body = work (int64 round, bool go_on, float[256, 256] x) => (bool goes_on, float[256, 256] y) {
+    goes_on = Identity (go_on)
+    squared = MatMul (x, x)
+    y = Tanh (squared)
+  }>
+  mean = ReduceMean <keepdims = 0> (end)
+  zero = Constant <value_float = 0.0> ()
+  nothing = Mul (mean, zero)
+  flat = Flatten <axis = 1> (values)
+  scores = Add (flat, nothing)
+}
+"""
+FAST_IMAGE = np.array([[[2], [0]], [[0], [0]]], np.uint8)
+SLOW_IMAGE = np.array([[[1], [0]], [[0], [0]]], np.uint8)
+
+
+def add_colours(models: Path, name: str = "colours", labels: tuple[str, ...] = COLOURS) -> Bundle:
+    """Publishes a model that says of which colour an image has most; `colours_of` says what exactly."""
+    settings = AddSettings(
+        labels=_write(models / "colours.txt", "\n".join(labels)),
+        models=models,
+        scale=(1 / 51,),
+        softmax=True,
+        max_batch_size=COLOURS_BATCH,
+    )
+    return add(name, _onnx(models / "colours.onnx", _COLOURS), settings)
+
+
+def colours_of(pixels: Pixels) -> Probabilities:
+    """What `colours` must answer to uint8 `[N, H, W, 3]`, worked out without ONNX Runtime."""
+    scores = np.exp(pixels.astype(np.float64).mean((1, 2)) / 51)
+    return np.asarray(scores / scores.sum(axis=1, keepdims=True), np.float32)
+
+
+def add_slow(models: Path, name: str = "slow") -> Bundle:
+    """Publishes a model that answers to FAST_IMAGE at once, and to SLOW_IMAGE after a second."""
+    settings = AddSettings(models=models, softmax=True, max_batch_size=1)
+    return add(name, _onnx(models / "slow.onnx", _SLOW), settings)
+
+
+def add_slow_to_load(models: Path, name: str = "slow") -> Bundle:
+    """Publishes a model that takes a second to prove itself."""
+    added = add_slow(models, name)
+    pixels = SLOW_IMAGE[np.newaxis]
+    golden = Golden(pixels, Model(added.onnx).run(pixels))
+    return bundles.write(models / name, added.manifest, added.onnx, golden)
+
+
+def digits() -> Golden:
+    """Real handwritten digits, 0 to 7 in this order, and what the shipped model must answer."""
+    return bundles.read(REPOSITORY / "models" / "digits" / "1").golden
+
+
+def flip_a_byte(file: Path) -> None:
+    """Damages a file without changing its size."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(data)
+
+
+def _onnx(path: Path, text: str) -> Path:
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
