@@ -53,7 +53,7 @@ app = App(
 models_app = App(name="models", help="List the versions in a models folder, or add a model to it.")
 app.command(models_app)
 
-_Flat = Parameter(name="*")
+_Flat = Parameter(name="*", negative_iterable=())
 
 
 @app.command

@@ -5,9 +5,18 @@ Only the command line reads the environment; everything else is handed a `Settin
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
 
 Device = Literal["auto", "cpu", "cuda"]
+
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
+CountOrAuto = Annotated[int, Parameter(validator=Number(gte=0))]
+Positive = Annotated[float, Parameter(validator=Number(gt=0))]
+Seconds = Annotated[float, Parameter(validator=Number(gte=0))]
+Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
 
 
 @dataclass(frozen=True)
@@ -19,36 +28,36 @@ class Settings:
     host: str = "0.0.0.0"
     """Address to listen on, for gRPC and HTTP."""
 
-    port: int = 8001
+    port: Port = 8001
     """gRPC port; 0 takes a free one."""
 
-    metrics_port: int = 8002
+    metrics_port: Port = 8002
     """HTTP port of /metrics, /healthz and /readyz; 0 takes a free one."""
 
     device: Device = "auto"
     """Where models run: auto takes CUDA where the installed ONNX Runtime offers it; cuda refuses to
     start without."""
 
-    run_threads: int = 0
+    run_threads: CountOrAuto = 0
     """Threads that ONNX Runtime uses for one batch on a CPU; 0 means one for each usable core."""
 
-    decode_threads: int = 0
+    decode_threads: CountOrAuto = 0
     """Threads that decode images; 0 means one for each usable core."""
 
-    max_request_mb: float = 64.0
+    max_request_mb: Positive = 64.0
     """Largest request body, in megabytes (10^6 bytes)."""
 
-    max_megapixels: float = 50.0
+    max_megapixels: Positive = 50.0
     """Largest image, in millions of pixels, looked at before it is decoded."""
 
-    max_in_flight: int = 1024
+    max_in_flight: Count = 1024
     """Requests taken on at once; more are refused with RESOURCE_EXHAUSTED."""
 
-    shutdown_delay_s: float = 5.0
+    shutdown_delay_s: Seconds = 5.0
     """After SIGTERM, how long new requests are still answered while load balancers notice that
     readiness is withdrawn. SIGINT (Ctrl-C) skips it."""
 
-    drain_grace_s: float = 20.0
+    drain_grace_s: Seconds = 20.0
     """After that, how long requests in flight may take to finish."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"

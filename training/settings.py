@@ -2,9 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
 
 RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
+CountOrAuto = Annotated[int, Parameter(validator=Number(gte=0))]
+Amount = Annotated[float, Parameter(validator=Number(gte=0))]
+Positive = Annotated[float, Parameter(validator=Number(gt=0))]
+Share = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]
+Floor = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
 
 
 @dataclass(frozen=True)
@@ -30,16 +40,16 @@ class TrainingSettings:
     """Decides which images are held out, where the data has no splits of its own. Keep it: a version is
     compared with the next on images that neither has learned from."""
 
-    test_share: float = 0.2
+    test_share: Share = 0.2
     """Share of the images held out for the test, where the data has no test split of its own."""
 
-    validation_share: float = 0.1
+    validation_share: Share = 0.1
     """Share of the training images that is not trained on but watched."""
 
     skip_unreadable: bool = False
     """Leave out files that can't be read as images, in place of stopping."""
 
-    image_size: int = 0
+    image_size: CountOrAuto = 0
     """Height and width that images are brought to; 0 takes the median side of the data, at most
     128, rounded to a multiple of 8."""
 
@@ -49,58 +59,58 @@ class TrainingSettings:
     resize: Literal["stretch", "crop"] = "stretch"
     """How images of another shape are brought to size: all of it, or the centre in proportion."""
 
-    filters: tuple[int, int] = (32, 64)
+    filters: tuple[Count, Count] = (32, 64)
     """Filters of the two convolutions."""
 
-    kernel_size: int = 3
+    kernel_size: Count = 3
     """Height and width of the convolutions, in pixels."""
 
-    dense: int = 128
+    dense: Count = 128
     """Units of the fully connected layer."""
 
-    dropout: float = 0.5
+    dropout: Share = 0.5
     """Share of the fully connected layer's inputs that is dropped in training."""
 
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the training images."""
 
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images in a training step."""
 
-    learning_rate: float = 0.002
+    learning_rate: Positive = 0.002
     """Peak of the schedule: a linear rise over the first tenth, then half a cosine down to 0."""
 
-    weight_decay: float = 0.01
+    weight_decay: Amount = 0.01
     """Of AdamW (Loshchilov and Hutter, arXiv:1711.05101)."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """Share of the target's probability that is spread over all classes."""
 
-    shift: float = 0.0
+    shift: Amount = 0.0
     """Training images are moved by up to so many pixels each way."""
 
-    rotate: float = 0.0
+    rotate: Amount = 0.0
     """Training images are turned by up to so many degrees each way."""
 
-    zoom: float = 0.0
+    zoom: Share = 0.0
     """Training images are scaled by up to this share, up or down."""
 
     flip: bool = False
     """Training images are mirrored left to right half of the time."""
 
-    max_batch_size: int = 64
+    max_batch_size: Count = 64
     """Largest batch that the published version is served in."""
 
-    min_accuracy: float = 0.0
+    min_accuracy: Floor = 0.0
     """Gate: least accuracy on the test images."""
 
-    max_parity: float = 1e-4
+    max_parity: Amount = 1e-4
     """Gate: largest difference allowed between the ONNX file's probabilities and the network's."""
 
-    min_agreement: float = 1.0
+    min_agreement: Floor = 1.0
     """Gate: least share of test images that both give the same label."""
 
-    max_regression: float = 0.0
+    max_regression: Floor = 0.0
     """Gate: how much less accurate than the version that serves it may be, on the same images."""
 
 
@@ -128,11 +138,11 @@ class AddSettings:
     softmax: bool = False
     """The model gives logits: build the softmax in."""
 
-    image_size: int = 0
+    image_size: CountOrAuto = 0
     """Height and width, where the file leaves them open."""
 
     resize: Literal["stretch", "crop"] = "stretch"
     """How images of another shape are brought to size."""
 
-    max_batch_size: int = 64
+    max_batch_size: Count = 64
     """Largest batch that it is served in, where the file leaves the batch axis open."""
