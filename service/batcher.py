@@ -179,9 +179,10 @@ class Batcher:
         began = time.monotonic()
         outputs: Outputs | None = None
         try:
-            outputs = self._run(rows)
-            if len(outputs) != len(rows):
-                raise InferenceFailed(f"{len(outputs)} answers for {len(rows)} rows")
+            answers = self._run(rows)
+            if len(answers) != len(rows):
+                raise InferenceFailed(f"{len(answers)} answers for {len(rows)} rows")
+            outputs = answers
         # Whatever the runtime raises fails this batch and no other.
         except Exception:
             log.exception("a batch of %d rows failed", len(rows))
