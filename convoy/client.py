@@ -32,13 +32,18 @@ _OPTIONS = [
                 "methodConfig": [
                     {
                         "name": [{"service": "convoy.v1.ImageClassifier"}],
-                        # The server says with RESOURCE_EXHAUSTED how long to wait.
+                        # The server says with RESOURCE_EXHAUSTED how long to wait. gRPC answers
+                        # CANCELLED to calls that arrive in the moment that a server stops.
                         "retryPolicy": {
                             "maxAttempts": 4,
                             "initialBackoff": "0.1s",
                             "maxBackoff": "1s",
                             "backoffMultiplier": 2,
-                            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                            "retryableStatusCodes": [
+                                "UNAVAILABLE",
+                                "RESOURCE_EXHAUSTED",
+                                "CANCELLED",
+                            ],
                         },
                     }
                 ],

@@ -45,11 +45,8 @@ def serve(settings: Settings) -> int:
     )
     try:
         return asyncio.run(_Server(settings).run())
-    except ConvoyError as error:
+    except (ConvoyError, OSError) as error:
         log.error("%s", error)
-        return 1
-    except OSError as error:
-        log.error("can't listen: %s", error)
         return 1
 
 
@@ -78,7 +75,8 @@ class _Server:
                 self._on_bug,
             )
             try:
-                await self._serve(repository, http.server_port)
+                if not self._stopping.is_set():  # a signal may have come while models loaded
+                    await self._serve(repository, http.server_port)
             finally:
                 await asyncio.to_thread(repository.close)
         finally:
@@ -124,7 +122,7 @@ class _Server:
         try:
             port = server.add_insecure_port(f"{settings.host}:{settings.port}")
         except RuntimeError:
-            raise OSError(f"port {settings.port} of {settings.host} is taken or not ours") from None
+            raise _no_port(settings.host, settings.port, "--port") from None
         await server.start()
 
         entries = repository.entries()
@@ -158,12 +156,16 @@ class _Server:
             await asyncio.sleep(settings.shutdown_delay_s)
         log.info("draining, for at most %g s", settings.drain_grace_s)
         # Refuses new calls at once. It would wait for the streams of Watch until the grace is over;
-        # so it is told to end as soon as nothing of ours is in flight.
+        # so it is told to end as soon as none of our calls is left.
         closing = asyncio.create_task(server.stop(settings.drain_grace_s))
         drained = await front.drain(settings.drain_grace_s)
         await server.stop(0.1 if drained else 0)
         await closing
         log.info("stopped")
+
+
+def _no_port(host: str, port: int, flag: str) -> ConvoyError:
+    return ConvoyError(f"port {port} of {host} is taken or not ours: choose another with {flag}")
 
 
 def _process_age_s() -> float:
@@ -206,7 +208,11 @@ def _serve_http(
         def log_message(self, format: str, *args: object) -> None:
             log.debug("http %s", format % args)
 
-    server = ThreadingHTTPServer((host, port), Handler)
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise _no_port(host, port, "--metrics-port") from error
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    # The interval is how long `shutdown` may take.
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()
     return server

@@ -148,6 +148,17 @@ class Server:
         while (now := self.metrics().get(sample, 0.0)) < value:
             assert time.monotonic() < deadline, f"{sample} is {now}, not {value}"
 
+    def wait_until_http(self) -> None:
+        """Waits until the metrics port answers, which it does before models are loaded."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                self.http("/healthz")
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline, self.log
+            else:
+                return
+
     def wait_until_in_flight(self, requests: int) -> None:
         self.wait_for_metric("convoy_requests_in_flight", requests)
 

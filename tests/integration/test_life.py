@@ -1,0 +1,272 @@
+import contextlib
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos import classifier_pb2 as pb
+from protos import inference_pb2 as oip
+from service.bundle import Golden
+from tests.conftest import REPOSITORY, TIMEOUT_S, Server
+from tests.integration.conftest import classifier_on, inference_on
+from tests.integration.models import SLOW_IMAGE, add_colours, add_slow_to_load, flip_a_byte
+from tests.integration.pictures import raw, solid
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICES = ["convoy.v1.ImageClassifier", "inference.GRPCInferenceService"]
+
+SLOW = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)])
+RED = pb.ClassifyRequest(model="colours", images=[raw(solid("red"))])
+
+
+def health_on(channel: grpc.Channel) -> Any:
+    return health_pb2_grpc.HealthStub(channel)
+
+
+def check(channel: grpc.Channel, service: str) -> int:
+    request = health_pb2.HealthCheckRequest(service=service)
+    status: int = health_on(channel).Check(request).status
+    return status
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def refused_at(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), TIMEOUT_S).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_nothing_is_ready_before_every_model_has_proved_itself(tmp_path: Path) -> None:
+    add_slow_to_load(tmp_path)
+    port, metrics_port = free_port(), free_port()
+    arguments = ("--port", str(port), "--metrics-port", str(metrics_port))
+    with Server(*arguments, models=tmp_path) as server:
+        server.metrics_port = metrics_port
+        server.wait_until_http()
+        assert server.http("/healthz") == (200, "ok\n")
+        assert server.http("/readyz") == (503, "not ready\n")
+        assert refused_at(port)
+        assert "ready in" not in server.log
+        server.ready()
+        assert server.http("/readyz") == (200, "ok\n")
+        with server.channel() as channel:
+            assert inference_on(channel).ServerReady(oip.ServerReadyRequest()).ready
+            assert [check(channel, name) for name in ["", "slow", *SERVICES]] == [SERVING] * 4
+
+
+def test_sigterm_while_models_load_ends_it_before_it_is_ready(tmp_path: Path) -> None:
+    add_slow_to_load(tmp_path)
+    metrics_port = free_port()
+    with Server(
+        "--metrics-port", str(metrics_port), "--shutdown-delay-s", "600", models=tmp_path
+    ) as server:
+        server.metrics_port = metrics_port
+        server.wait_until_http()
+        assert server.stop() == 0
+        assert "ready in" not in server.log
+
+
+def test_sigterm_withdraws_readiness_and_goes_on_answering_until_the_delay_is_over(
+    tmp_path: Path,
+) -> None:
+    add_colours(tmp_path)
+    with (
+        Server("--shutdown-delay-s", "2", models=tmp_path) as server,
+        server.ready().channel() as channel,
+    ):
+        server.send(signal.SIGTERM)
+        server.wait_for("not ready; still answering")
+        assert server.http("/readyz") == (503, "not ready\n")
+        assert server.http("/healthz") == (200, "ok\n")
+        assert not inference_on(channel).ServerReady(oip.ServerReadyRequest()).ready
+        assert not inference_on(channel).ModelReady(oip.ModelReadyRequest(name="colours")).ready
+        assert [check(channel, name) for name in ["colours", *SERVICES]] == [NOT_SERVING] * 3
+        assert check(channel, "") == SERVING, "the process itself lives: probes must not kill it"
+        with server.channel() as another:
+            assert classifier_on(another).Classify(RED).results[0].HasField("classification")
+        assert "draining" not in server.log, "the delay was over before all was looked at"
+
+
+def test_sigint_skips_the_delay(tmp_path: Path) -> None:
+    add_colours(tmp_path)
+    with Server("--shutdown-delay-s", "600", models=tmp_path) as server:
+        assert server.ready().stop(signal.SIGINT) == 0
+
+
+def test_requests_in_flight_finish_and_new_ones_are_refused(slow_models: Path) -> None:
+    with Server(models=slow_models) as server, server.ready().channel() as channel:
+        answer = classifier_on(channel).Classify.future(SLOW, timeout=TIMEOUT_S)
+        server.wait_until_in_flight(1)
+        server.send(signal.SIGTERM)
+        while not refused_at(server.port):
+            pass
+        with server.channel() as late, pytest.raises(grpc.RpcError) as refused:
+            classifier_on(late).Classify(SLOW, timeout=TIMEOUT_S)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert answer.result().results[0].HasField("classification")
+        assert server.wait() == 0
+
+
+def test_the_drain_ends_after_its_grace(slow_models: Path) -> None:
+    with (
+        Server("--drain-grace-s", "0.1", models=slow_models) as server,
+        server.ready().channel() as channel,
+    ):
+        answer = classifier_on(channel).Classify.future(SLOW, timeout=TIMEOUT_S)
+        server.wait_until_in_flight(1)
+        assert server.stop() == 0
+        assert answer.code() is grpc.StatusCode.UNAVAILABLE
+        assert "1 calls were cut off after 0.1 s" in server.log
+
+
+def test_a_second_signal_ends_it_at_once(slow_models: Path) -> None:
+    with contextlib.closing(Server(models=slow_models)) as server:
+        with server.ready().channel() as channel:
+            answer = classifier_on(channel).Classify.future(SLOW, timeout=TIMEOUT_S)
+            server.wait_until_in_flight(1)
+            server.send(signal.SIGTERM)
+            server.wait_for("draining")
+            assert server.stop() == 128 + signal.SIGTERM
+            assert answer.code() is grpc.StatusCode.UNAVAILABLE
+        assert "second signal: stopping at once" in server.log
+
+
+def test_health_watch_sees_the_end_and_does_not_delay_it(tmp_path: Path) -> None:
+    add_colours(tmp_path)
+    with (
+        Server("--drain-grace-s", "600", models=tmp_path) as server,
+        server.ready().channel() as channel,
+    ):
+        watched = {
+            name: health_on(channel).Watch(health_pb2.HealthCheckRequest(service=name))
+            for name in ["colours", "", *SERVICES]
+        }
+        assert {name: next(watch).status for name, watch in watched.items()} == dict.fromkeys(
+            watched, SERVING
+        )
+        assert server.stop() == 0
+        assert next(watched["colours"]).status == NOT_SERVING
+        assert [next(watched[name]).status for name in SERVICES] == [NOT_SERVING] * 2
+        with pytest.raises(grpc.RpcError):
+            next(watched[""])
+    assert "Traceback" not in server.log
+
+
+def test_health_of_an_unknown_model_is_not_found(channel: grpc.Channel) -> None:
+    assert [check(channel, name) for name in ["digits", "colours"]] == [SERVING] * 2
+    with pytest.raises(grpc.RpcError) as refused:
+        check(channel, "nobody's")
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_port_that_is_taken_ends_it_with_what_to_do(server: Server, flag: str) -> None:
+    taken = server.port if flag == "--port" else server.metrics_port
+    with contextlib.closing(Server(flag, str(taken))) as second:
+        assert second.wait() == 1
+        assert f"port {taken} of 127.0.0.1 is taken" in second.log
+        assert flag in second.log
+        assert "Traceback" not in second.log
+
+
+@pytest.mark.parametrize("there_is", ["an empty folder", "nothing", "a file"])
+def test_no_models_ends_it_with_what_to_do(tmp_path: Path, there_is: str) -> None:
+    folder = tmp_path / "models"
+    if there_is == "an empty folder":
+        folder.mkdir()
+    elif there_is == "a file":
+        folder.touch()
+    with contextlib.closing(Server(models=folder)) as server:
+        assert server.wait() == 1
+        assert f"no models in {folder}" in server.log
+        assert "convoy train" in server.log
+        assert "convoy models add" in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves `good`; `newest`, whose version 2 is damaged; and has `broken`, damaged altogether."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for name in ("good", "newest", "newest", "broken"):
+        bundle = add_colours(folder, name)
+    flip_a_byte(bundle.folder / "model.onnx")
+    flip_a_byte(folder / "newest" / "2" / "model.onnx")
+    with Server(models=folder) as server:
+        yield server.ready()
+
+
+def test_a_broken_model_is_unavailable_beside_a_good_one(damaged: Server) -> None:
+    with damaged.channel() as channel:
+        calls = classifier_on(channel)
+        listed = {model.name: model for model in calls.ListModels(pb.ListModelsRequest()).models}
+        assert listed["good"].state == pb.Model.READY
+        assert listed["broken"].state == pb.Model.UNAVAILABLE
+        assert (listed["broken"].version, list(listed["broken"].versions)) == (0, [1])
+        assert "model.onnx: its sha256 is not the manifest's" in listed["broken"].reason
+        assert check(channel, "good") == SERVING
+        assert check(channel, "broken") == NOT_SERVING
+        ready = inference_on(channel).ModelReady
+        assert ready(oip.ModelReadyRequest(name="good")).ready
+        assert not ready(oip.ModelReadyRequest(name="broken")).ready
+        images = RED.images
+        assert calls.Classify(pb.ClassifyRequest(model="good", images=images)).model == "good"
+        with pytest.raises(grpc.RpcError) as refused:
+            calls.Classify(pb.ClassifyRequest(model="broken", images=images))
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "no version that works" in str(refused.value.details())
+
+
+def test_a_broken_newest_version_leaves_the_older_one_serving(damaged: Server) -> None:
+    with damaged.channel() as channel:
+        calls = classifier_on(channel)
+        listed = {model.name: model for model in calls.ListModels(pb.ListModelsRequest()).models}
+        newest = listed["newest"]
+        assert (newest.state, newest.version, list(newest.versions)) == (pb.Model.READY, 1, [1, 2])
+        assert "sha256" in newest.reason
+        images = RED.images
+        assert calls.Classify(pb.ClassifyRequest(model="newest", images=images)).version == 1
+    assert "newest/2 is not served" in damaged.log
+    assert damaged.metrics()['convoy_model_broken_versions{model="newest"}'] == 1
+
+
+def test_a_folder_of_nothing_but_broken_models_ends_it_with_the_reason(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "models" / "digits", tmp_path / "digits")
+    flip_a_byte(tmp_path / "digits" / "1" / "model.onnx")
+    with contextlib.closing(Server(models=tmp_path)) as server:
+        assert server.wait() == 1
+        assert f"no model in {tmp_path} can be served" in server.log
+        assert "sha256" in server.log
+
+
+def test_a_burst_beyond_max_in_flight_is_told_to_come_back_and_nothing_is_lost(
+    slow_server: Server, digits: Golden
+) -> None:
+    with slow_server.channel() as channel:
+        classify = classifier_on(channel).Classify
+        slow = [classify.future(SLOW, timeout=TIMEOUT_S) for _ in range(3)]
+        slow_server.wait_until_in_flight(3)
+        burst = [classify.future(SLOW, timeout=TIMEOUT_S) for _ in range(20)]
+        for each in burst:
+            assert each.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "back off" in str(each.details())
+            pushback = dict(each.trailing_metadata())["grpc-retry-pushback-ms"]
+            assert 0 < int(pushback) <= 10_000
+        assert all(each.result().results[0].HasField("classification") for each in slow)
+        request = pb.ClassifyRequest(model="digits", images=[raw(digits.pixels[6])])
+        assert classify(request).results[0].classification.labels[0].name == "6"
+    assert slow_server.metrics()["convoy_requests_in_flight"] == 0
