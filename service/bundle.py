@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -68,7 +69,7 @@ class Manifest:
     output: str
     pixels: Target
     labels: list[str]
-    max_batch_size: int
+    max_batch_size: Annotated[int, msgspec.Meta(ge=1)]
     created: str
     files: dict[str, File] = field(default_factory=dict)
     scores: Scores | None = None
@@ -106,7 +107,7 @@ def names(models: Path) -> list[str]:
     """The models in a models folder: each folder in it that has at least one version."""
     try:
         return sorted(f.name for f in models.iterdir() if _NAME.fullmatch(f.name) and versions(f))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -139,8 +140,15 @@ def read(folder: Path) -> Bundle:
     try:
         with np.load(io.BytesIO(data[GOLDEN]), allow_pickle=False) as arrays:
             golden = Golden(arrays["pixels"], arrays["probabilities"])
-    except (ValueError, KeyError, OSError) as error:
+    # The readers of numpy, zip and zlib each raise their own.
+    except Exception as error:
         raise BrokenVersion(f"{folder / GOLDEN}: {error}") from error
+    kinds = [(array.dtype.name, array.ndim) for array in (golden.pixels, golden.probabilities)]
+    if kinds != [("uint8", 4), ("float32", 2)]:
+        raise BrokenVersion(
+            f"{folder / GOLDEN}: expected pixels uint8 [k, H, W, C] and probabilities float32 "
+            "[k, classes]"
+        )
     return Bundle(folder, folder.parent.name, int(folder.name), manifest, data[MODEL], golden)
 
 
@@ -153,14 +161,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise BrokenVersion(
             f"{path} is missing: the folder is not copied completely, or is no version"
         ) from None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise BrokenVersion(f"{path}: {error}") from error
     if manifest.format != 1:
         raise BrokenVersion(
             f"{path}: format {manifest.format} is newer than this Convoy: update it"
         )
-    if any(Path(name).name != name or name == MANIFEST for name in manifest.files):
-        raise BrokenVersion(f"{path}: lists a file outside of its folder")
+    for name in manifest.files:
+        if not _NAME.fullmatch(name) or name == MANIFEST:
+            raise BrokenVersion(f"{path}: lists {name!r}, which is no file of a version")
     return manifest
 
 
@@ -194,16 +203,25 @@ def write(model: Path, manifest: Manifest, onnx: bytes, golden: Golden) -> Bundl
     }
     manifest = dataclasses.replace(manifest, files=listed)
     files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    beside = {
+        "labels.txt": "".join(f"{label}\n" for label in manifest.labels),
+        "config.pbtxt": triton_config(model.name, manifest),
+    }
     try:
         model.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(model) as temporary:
+            version = temporary / "version"
+            version.mkdir()
             for name, data in files.items():
-                _write_synced(temporary / name, data)
-            _sync(temporary)
-            folder = _rename_to_next(temporary, model)
+                _write_synced(version / name, data)
+            _sync(version)
+            # Before the version appears, so that a disk that is full by now publishes nothing.
+            for name, text in beside.items():
+                _write_synced(temporary / name, text.encode())
+            folder = _rename_to_next(version, model)
+            for name in beside:
+                (temporary / name).replace(model / name)
         _sync(model)
-        _replace(model / "labels.txt", "".join(f"{label}\n" for label in manifest.labels))
-        _replace(model / "config.pbtxt", triton_config(model.name, manifest))
     except OSError as error:
         raise ConvoyError(
             f"the new version could not be written to {model}: {error.strerror or error}; "
@@ -215,14 +233,16 @@ def write(model: Path, manifest: Manifest, onnx: bytes, golden: Golden) -> Bundl
 def triton_config(name: str, manifest: Manifest) -> str:
     """`config.pbtxt` for Triton's ONNX Runtime backend, in protobuf's text format."""
     height, width, channels = manifest.pixels.shape
+    # The names of tensors come from a file: they may hold quotes.
+    source, sink = (json.dumps(n, ensure_ascii=False) for n in (manifest.input, manifest.output))
     return f"""\
 name: "{name}"
 platform: "onnxruntime_onnx"
 max_batch_size: {manifest.max_batch_size}
-input [ {{ name: "{manifest.input}" data_type: TYPE_UINT8 dims: [ {height}, {width}, {channels} ] }} ]
+input [ {{ name: {source} data_type: TYPE_UINT8 dims: [ {height}, {width}, {channels} ] }} ]
 output [
   {{
-    name: "{manifest.output}"
+    name: {sink}
     data_type: TYPE_FP32
     dims: [ {len(manifest.labels)} ]
     label_filename: "labels.txt"
@@ -236,7 +256,6 @@ dynamic_batching {{ }}
 def _temporary_folder(model: Path) -> Iterator[Path]:
     # Hidden and not a number: neither we nor Triton take it for a version.
     folder = Path(tempfile.mkdtemp(prefix=".publishing-", dir=model))
-    folder.chmod(0o755)
     try:
         yield folder
     finally:
@@ -250,19 +269,8 @@ def _rename_to_next(temporary: Path, model: Path) -> Path:
             return temporary.rename(folder)
         except OSError:
             # Another writer took this number; anything else is an error.
-            if not folder.exists():
+            if not folder.is_dir():
                 raise
-
-
-def _replace(path: Path, text: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        _write_synced(temporary, text.encode())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

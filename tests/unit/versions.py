@@ -1,0 +1,32 @@
+"""A version to write: light to import, as processes of their own write it too."""
+
+from pathlib import Path
+
+import numpy as np
+
+from service import bundle as bundles
+from service.bundle import Bundle, Golden, Manifest, Parity, Scores
+from service.images import Target
+
+# Whether it is a graph matters to nobody before it is loaded.
+ONNX = bytes(range(256)) * 4
+GOLDEN = Golden(
+    np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3),
+    np.array([[0.25, 0.75], [1, 0]], np.float32),
+)
+MANIFEST = Manifest(
+    input="pixels",
+    output="probabilities",
+    pixels=Target(4, 5, 3, "crop"),
+    labels=["cat", "dög"],
+    max_batch_size=16,
+    created="2026-01-02T03:04:05+00:00",
+    scores=Scores(0.5, 1, 2, 0.7),
+    parity=Parity(1e-7, 1.0, 4, [1, 3, 16]),
+    training={"settings": {"seed": 0}, "epochs": [{"loss": 0.5}]},
+    provenance={"python": "3.11"},
+)
+
+
+def write(model: Path, onnx: bytes = ONNX) -> Bundle:
+    return bundles.write(model, MANIFEST, onnx, GOLDEN)
