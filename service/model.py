@@ -126,8 +126,11 @@ class Model:
                 expected = golden.probabilities[chosen]
                 if answers.shape != expected.shape:
                     raise BrokenVersion(
-                        f"{bundle.folder}: {answers.shape[1]} classes, but {count} labels"
+                        f"{bundle.folder}: answers of shape {list(answers.shape)} for {len(chosen)} "
+                        f"inputs and {count} labels"
                     )
+                if not np.isfinite(answers).all():
+                    raise BrokenVersion(f"{bundle.folder}: NaN or infinity for a golden input")
                 # Not `difference > tolerance`: that is False for NaN.
                 difference = float(np.abs(answers - expected).max())
                 if not difference <= GOLDEN_TOLERANCE:
