@@ -143,9 +143,9 @@ class Server:
         return samples
 
     def wait_for_metric(self, sample: str, value: float) -> None:
-        """Waits until the sample of /metrics is at least `value`."""
+        """Waits until the sample of /metrics has this value."""
         deadline = time.monotonic() + TIMEOUT_S
-        while (now := self.metrics().get(sample, 0.0)) < value:
+        while (now := self.metrics().get(sample, 0.0)) != value:
             assert time.monotonic() < deadline, f"{sample} is {now}, not {value}"
 
     def wait_until_http(self) -> None:

@@ -51,6 +51,7 @@ slow (uint8[N, 2, 2, 1] image) => (float[N, 4] scores) {
 }
 """
 FAST_IMAGE = np.array([[[2], [0]], [[0], [0]]], np.uint8)
+SLOW_BATCH = 4
 SLOW_IMAGE = np.array([[[1], [0]], [[0], [0]]], np.uint8)
 
 
@@ -73,9 +74,17 @@ def colours_of(pixels: Pixels) -> Probabilities:
 
 
 def add_slow(models: Path, name: str = "slow") -> Bundle:
-    """Publishes a model that answers to FAST_IMAGE at once, and to SLOW_IMAGE after half a second."""
-    settings = AddSettings(models=models, softmax=True, max_batch_size=1)
+    """Publishes a model that answers to FAST_IMAGE at once, and to SLOW_IMAGE after half a second;
+    `slow_of` says what.
+    """
+    settings = AddSettings(models=models, softmax=True, max_batch_size=SLOW_BATCH)
     return add(name, _onnx(models / "slow.onnx", _SLOW), settings)
+
+
+def slow_of(pixels: Pixels) -> Probabilities:
+    """What `slow` must answer to uint8 `[N, 2, 2, 1]`."""
+    scores = np.exp(pixels.reshape(len(pixels), -1).astype(np.float64))
+    return np.asarray(scores / scores.sum(axis=1, keepdims=True), np.float32)
 
 
 def add_slow_to_load(models: Path, name: str = "slow") -> Bundle:

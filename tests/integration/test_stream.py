@@ -170,7 +170,7 @@ def test_a_caller_who_does_not_read_and_gives_up_leaves_no_trace(tmp_path: Path)
             for number in range(250):
                 stream.send(str(number), solid("red"), "colours")
             answered = 'convoy_requests_total{call="ClassifyStream",code="OK",model="colours"}'
-            server.wait_for_metric(answered, 200)
+            server.wait_for_metric(answered, 250)
         with server.channel() as channel, Stream(channel) as stream:
             stream.send("still", solid("red"), "colours", top_k=1)
             assert next(stream.call).id == "still"

@@ -1,0 +1,141 @@
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from protos import classifier_pb2 as pb
+from service.bundle import Probabilities
+from service.images import Pixels
+from service.model import Model
+from tests.conftest import TIMEOUT_S, Server
+from tests.integration import test_inference_protocol as oip
+from tests.integration.conftest import classifier_on, inference_on
+from tests.integration.models import COLOURS_BATCH, SLOW_BATCH, SLOW_IMAGE, colours_of, slow_of
+from tests.integration.pictures import encoded, noise, probabilities, raw
+
+# Up to three times what a batch of `colours` holds.
+SIZES = [1, 1, 1, 2, 3, COLOURS_BATCH, 3 * COLOURS_BATCH]
+
+
+@pytest.fixture(scope="module")
+def busy(models: Path) -> Iterator[Server]:
+    """A server of this module's own: it counts what goes through it."""
+    with Server(models=models) as server:
+        yield server.ready()
+    assert "Traceback" not in server.log
+    assert "ERROR" not in server.log
+
+
+@dataclass
+class Request:
+    """A request to one of the services, and what it must be answered."""
+
+    service: str
+    message: Any
+    expected: Probabilities
+
+    def send(self, channel: grpc.Channel, timeout_s: float = TIMEOUT_S) -> Any:
+        if self.service == "ImageClassifier":
+            return classifier_on(channel).Classify.future(self.message, timeout=timeout_s)
+        return inference_on(channel).ModelInfer.future(self.message, timeout=timeout_s)
+
+    def check(self, future: Any) -> None:
+        response = future.result()
+        if self.service == "ImageClassifier":
+            received = np.array([probabilities(result) for result in response.results])
+        else:
+            received = oip.outputs_of(response)
+        np.testing.assert_allclose(received, self.expected, atol=1e-6)
+
+
+def random_request(
+    chance: random.Random, model: str, tensor: str, pixels: Pixels, expected: Probabilities
+) -> Request:
+    """A request for these images, of either service and in any form."""
+    if chance.random() < 0.5:
+        images = map(chance.choice([raw, encoded]), pixels)
+        message = pb.ClassifyRequest(model=model, images=images, top_k=10)
+        return Request("ImageClassifier", message, expected)
+    request = oip.infer_request(model, tensor)
+    chance.choice(oip.FILLS)(request, pixels)
+    return Request("GRPCInferenceService", request, expected)
+
+
+def test_concurrent_requests_each_get_the_answers_to_their_own_images(
+    busy: Server, offline: Model
+) -> None:
+    chance = random.Random(0)
+    requests = []
+    for seed in range(300):
+        if chance.random() < 0.5:
+            pixels = noise(seed, chance.choice(SIZES), (4, 4, 3))
+            expected = colours_of(pixels)
+            requests.append(random_request(chance, "colours", "image", pixels, expected))
+        else:
+            pixels = noise(seed, chance.choice(SIZES), (8, 8, 1))
+            expected = offline.run(pixels)
+            requests.append(random_request(chance, "digits", "pixels", pixels, expected))
+    with busy.channel() as channel:
+        futures = [request.send(channel) for request in requests]
+        for request, future in zip(requests, futures, strict=True):
+            request.check(future)
+
+
+def test_concurrent_requests_are_gathered_into_batches(busy: Server) -> None:
+    before = busy.metrics()
+    pixels = noise(9, 400, (4, 4, 3))
+    with busy.channel() as channel:
+        classify = classifier_on(channel).Classify
+        requests = [pb.ClassifyRequest(model="colours", images=[raw(each)]) for each in pixels]
+        answers = [classify.future(request) for request in requests]
+        largest = max(answer.result().timings.batch_size for answer in answers)
+    after = busy.metrics()
+    rows, runs = (
+        after[f'convoy_batch_size_{part}{{model="colours"}}']
+        - before.get(f'convoy_batch_size_{part}{{model="colours"}}', 0)
+        for part in ("sum", "count")
+    )
+    assert rows == 400
+    assert runs < 400
+    assert 1 < largest <= COLOURS_BATCH
+
+
+def test_callers_who_cancel_or_run_late_disturb_nobody(slow_models: Path) -> None:
+    chance = random.Random(0)
+    requests = []
+    for seed in range(150):
+        # From 1 to three times what a batch of `slow` holds, with no SLOW_IMAGE among them.
+        pixels = noise(seed, chance.randint(1, 3 * SLOW_BATCH), (2, 2, 1)) // 32 + 2
+        requests.append(random_request(chance, "slow", "image", pixels, slow_of(pixels)))
+    blocker = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)] * 4 * SLOW_BATCH)
+    with Server(models=slow_models) as server, server.ready().channel() as channel:
+        # While the device works on this, all others wait.
+        blocking = classifier_on(channel).Classify.future(blocker)
+        server.wait_until_in_flight(1)
+        late = [request.send(channel, chance.uniform(0, 0.3)) for request in requests[:50]]
+        waiting = [(request, request.send(channel)) for request in requests[50:]]
+        for future in late:
+            assert future.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        server.wait_until_in_flight(101)
+        chance.shuffle(waiting)
+        for _, future in waiting[:40]:
+            future.cancel()
+        server.wait_until_in_flight(61)
+        assert not blocking.done(), "the others did not have to wait"
+        for request, future in waiting[40:]:
+            request.check(future)
+
+        requests[0].check(requests[0].send(channel))
+        server.wait_until_in_flight(0)
+        answered = [request for request, _ in waiting[40:]] + requests[:1]
+        rows = 4 * SLOW_BATCH + sum(len(request.expected) for request in answered)
+        metrics = server.metrics()
+        assert metrics['convoy_batch_size_sum{model="slow"}'] == rows, "an abandoned image was run"
+        assert metrics['convoy_images_total{model="slow",outcome="ok"}'] == rows
+    assert "Traceback" not in server.log
+    assert "ERROR" not in server.log
