@@ -91,10 +91,6 @@ def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
     images are added, and copies of an image never end up on both sides. Raises DataError.
     """
     name, classes, target, given = _given(settings, track, ("train", "test"))
-    if len(classes) < 2:
-        raise DataError(
-            f"{settings.data} has a single class, {classes[0]!r}: two at least are needed"
-        )
     train, test = _test_cut_off(given, settings)
     train, validation = _cut(train, settings.validation_share, f"validation {settings.split_seed}")
     data = Dataset(settings.name or name, classes, target, train, validation, test)
@@ -132,10 +128,11 @@ def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
     )
     chosen = hashes < share
     for label in np.unique(split.labels):
-        members = np.flatnonzero(split.labels == label)
-        # A small class may miss its share by chance; it gives its first one all the same.
-        if not chosen[members].any() and len(members) > 1:
-            chosen[members[hashes[members].argmin()]] = True
+        members = split.labels == label
+        # A small class may miss its share by chance; it gives its first one all the same, with all
+        # copies of it.
+        if not chosen[members].any():
+            chosen |= hashes == hashes[members].min()
     return split._only(~chosen), split._only(chosen)
 
 
@@ -176,6 +173,10 @@ def _folder(
     classes = tuple(sorted(f.name for f in parts["train"].iterdir() if _is_class(f)))
     if not classes:
         raise DataError(f"{parts['train']} has no subfolders: put each class's images into one")
+    if len(classes) == 1:
+        raise DataError(
+            f"{parts['train']} has a single class, {classes[0]!r}: two at least are needed"
+        )
     found = {name: _list(part, classes) for name, part in parts.items()}
     target = _choose_target([file for file, _ in found["train"]], settings)
     given = {
@@ -196,7 +197,7 @@ def _list(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
         raise DataError(f"{folder / unknown[0]} is a class that the training images lack")
     found, ignored = [], []
     for label, name in enumerate(classes):
-        files = sorted(f for f in (folder / name).rglob("*") if f.is_file() and f.name[0] != ".")
+        files = sorted(f for f in (folder / name).rglob("*") if not f.is_dir() and f.name[0] != ".")
         chosen = [f for f in files if f.suffix.lower() in _SUFFIXES]
         ignored += [f for f in files if f.suffix.lower() not in _SUFFIXES]
         if not chosen:
