@@ -113,7 +113,8 @@ def gate(
                 f"not worse than version {serving.version}",
                 f"{scores.accuracy:.4f}",
                 f"at least {floor:.4f}, on the same test images",
-                scores.accuracy >= floor,
+                # By a hair: the binary fractions of 0.8 - 0.1 are above those of 0.7.
+                scores.accuracy >= floor - 1e-9,
             )
         )
     return checks
