@@ -40,9 +40,7 @@ class ClassifierRpc:
         call.model = served.name
         if not request.images:
             raise InvalidRequest("the request has no images: send at least one")
-        decoded, decode_s = await served.decode(
-            [_input(image, number) for number, image in enumerate(request.images)]
-        )
+        decoded, decode_s = await served.decode([_input(image) for image in request.images])
         readable = [item for item in decoded if not isinstance(item, InvalidImage)]
         answer: Answer | None = None
         if readable:
@@ -98,16 +96,16 @@ def refuse_one(
     )
 
 
-def _input(image: pb.Image, number: int) -> bytes | Pixels:
+def _input(image: pb.Image) -> bytes | Pixels | InvalidImage:
     if image.WhichOneof("content") == "encoded":
         return image.encoded
     if image.WhichOneof("content") is None:
-        raise InvalidRequest(f"image {number} has neither `encoded` nor `pixels`")
+        return InvalidImage("the image has neither `encoded` nor `pixels`: set one of them")
     pixels = image.pixels
     shape = (pixels.height, pixels.width, pixels.channels)
     if pixels.height * pixels.width * pixels.channels != len(pixels.data):
-        raise InvalidRequest(
-            f"image {number}: {len(pixels.data)} bytes of pixels, but height x width x channels is "
+        return InvalidImage(
+            f"the pixels have {len(pixels.data)} bytes, but height x width x channels is "
             f"{'x'.join(map(str, shape))}"
         )
     return np.frombuffer(pixels.data, np.uint8).reshape(shape)

@@ -51,15 +51,18 @@ class Served:
         self._metrics.batch(self.name, batch.rows, batch.run_s, batch.failed)
 
     async def decode(
-        self, inputs: Sequence[bytes | Pixels]
+        self, inputs: Sequence[bytes | Pixels | InvalidImage]
     ) -> tuple[list[Pixels | InvalidImage], float]:
         """Each input as uint8 `[H, W, C]` pixels of the model's size, or why it can't be read; and
-        the seconds until the last was done. Encoded images and pixels may be mixed.
+        the seconds until the last was done. Encoded images and pixels may be mixed; one that is
+        known to be invalid stays so.
         """
         began = time.monotonic()
         loop, target = asyncio.get_running_loop(), self.manifest.pixels
 
-        async def one(item: bytes | Pixels) -> Pixels | InvalidImage:
+        async def one(item: bytes | Pixels | InvalidImage) -> Pixels | InvalidImage:
+            if isinstance(item, InvalidImage):
+                return item
             try:
                 if isinstance(item, bytes):
                     return await loop.run_in_executor(

@@ -61,11 +61,21 @@ def test_top_k_gives_so_many_labels_best_first(
     assert [label.name for label in labels] == [DIGITS[index] for index in best]
 
 
-def test_an_image_that_cannot_be_read_fails_alone(classifier: Any) -> None:
-    pixels = [solid("red"), solid("green", 40, 30), solid("blue")]
-    good = [encoded(each) for each in pixels]
-    bad = pb.Image(encoded=b"this is no image")
-    images = [bad, good[0], bad, good[1], good[2], pb.Image(encoded=b"")]
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (pb.Image(encoded=b"this is no image"), "no JPEG, PNG, WebP, BMP or GIF"),
+        (pb.Image(encoded=b""), "empty"),
+        (pb.Image(), "neither"),
+        (pb.Image(pixels=pb.Pixels(data=b"abc", height=1, width=1, channels=1)), "3 bytes"),
+        (pb.Image(pixels=pb.Pixels(data=b"ab", height=1, width=1, channels=2)), "channels"),
+    ],
+)
+def test_an_image_that_cannot_be_read_fails_alone(
+    classifier: Any, bad: pb.Image, words: str
+) -> None:
+    red, green, blue = (encoded(solid(colour, 40, 30)) for colour in ("red", "lime", "blue"))
+    images = [bad, red, bad, green, blue, bad]
     response = classifier.Classify(pb.ClassifyRequest(model="colours", images=images))
     names = [
         result.classification.labels[0].name if result.HasField("classification") else "error"
@@ -74,7 +84,7 @@ def test_an_image_that_cannot_be_read_fails_alone(classifier: Any) -> None:
     assert names == ["error", "red", "error", "green", "blue", "error"]
     error = response.results[0].error
     assert error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
-    assert "no JPEG, PNG, WebP, BMP or GIF" in error.message
+    assert words in error.message
 
 
 def test_a_call_of_nothing_but_bad_images_is_answered(classifier: Any) -> None:
