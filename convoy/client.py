@@ -112,10 +112,10 @@ class Classifier:
     ...     prediction = classifier.classify("three.png")
     ...     for each in classifier.classify_many(["three.png", "seven.png"], top_k=2):
     ...         print(each.label)
-    three
-    seven
+    3
+    7
     >>> prediction.label
-    'three'
+    '3'
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class AsyncClassifier:
     ...     async with AsyncClassifier("localhost:8001") as classifier:
     ...         return (await classifier.classify("three.png")).label
     >>> asyncio.run(main())
-    'three'
+    '3'
     """
 
     def __init__(
@@ -228,6 +228,11 @@ class AsyncClassifier:
             "/convoy.v1.ImageClassifier/Classify",
             request_serializer=pb.ClassifyRequest.SerializeToString,
             response_deserializer=pb.ClassifyResponse.FromString,
+        )
+        self._list = self._channel.unary_unary(
+            "/convoy.v1.ImageClassifier/ListModels",
+            request_serializer=pb.ListModelsRequest.SerializeToString,
+            response_deserializer=pb.ListModelsResponse.FromString,
         )
 
     async def classify(self, image: ImageLike, top_k: int = 1) -> Prediction:
@@ -266,6 +271,16 @@ class AsyncClassifier:
         except grpc.RpcError as error:
             raise _explain(error, self._target) from error
         return chunk.predictions(response)
+
+    async def models(self) -> list[pb.Model]:
+        """What the server serves; see `Classifier.models`."""
+        try:
+            response: pb.ListModelsResponse = await self._list(
+                pb.ListModelsRequest(), timeout=self._timeout_s
+            )
+        except grpc.RpcError as error:
+            raise _explain(error, self._target) from error
+        return list(response.models)
 
     async def close(self) -> None:
         await self._channel.close()

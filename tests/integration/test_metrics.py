@@ -1,0 +1,132 @@
+import hashlib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+from protos import classifier_pb2 as pb
+from protos import inference_pb2 as oip
+from tests.conftest import REPOSITORY, TIMEOUT_S, Server
+from tests.integration.conftest import classifier_on, inference_on
+from tests.integration.pictures import raw, solid
+
+IMAGES = [raw(solid("red")), pb.Image(encoded=b"no image"), raw(solid("blue"))]
+
+
+@pytest.fixture(scope="module")
+def counted(models: Path) -> Iterator[Server]:
+    """A server that has had exactly the requests below, and the text of its /metrics."""
+    with Server(models=models) as server:
+        with server.ready().channel() as channel:
+            classifier, inference = classifier_on(channel), inference_on(channel)
+            for _ in range(3):
+                classifier.Classify(pb.ClassifyRequest(model="colours", images=IMAGES))
+            stream = [
+                pb.ClassifyStreamRequest(request=pb.ClassifyRequest(model=model, images=IMAGES))
+                for model in ("colours", "colours", "a stranger's")
+            ]
+            assert len(list(classifier.ClassifyStream(iter(stream), timeout=TIMEOUT_S))) == 3
+            for number in range(20):
+                with pytest.raises(grpc.RpcError):
+                    classifier.Classify(pb.ClassifyRequest(model=f"made up {number}"))
+            with pytest.raises(grpc.RpcError):
+                classifier.Classify(pb.ClassifyRequest(model="digits"))
+            inference.ServerLive(oip.ServerLiveRequest())
+            inference.ModelMetadata(oip.ModelMetadataRequest(name="digits"))
+        server.wait_until_in_flight(0)
+        yield server
+
+
+def test_requests_are_counted_by_call_model_and_code(counted: Server) -> None:
+    requests = {
+        name: value for name, value in counted.metrics().items() if "requests_total" in name
+    }
+    assert requests == {
+        'convoy_requests_total{call="Classify",code="OK",model="colours"}': 3,
+        'convoy_requests_total{call="Classify",code="NOT_FOUND",model=""}': 20,
+        'convoy_requests_total{call="Classify",code="INVALID_ARGUMENT",model="digits"}': 1,
+        'convoy_requests_total{call="ClassifyStream",code="OK",model="colours"}': 2,
+        'convoy_requests_total{call="ClassifyStream",code="NOT_FOUND",model=""}': 1,
+        'convoy_requests_total{call="ServerLive",code="OK",model=""}': 1,
+        'convoy_requests_total{call="ModelMetadata",code="OK",model="digits"}': 1,
+    }
+
+
+def test_a_name_that_a_caller_made_up_appears_nowhere(counted: Server) -> None:
+    text = counted.http("/metrics")[1]
+    assert "made up" not in text
+    assert "stranger" not in text
+
+
+def test_images_are_counted_by_outcome_and_batches_by_size(counted: Server) -> None:
+    metrics = counted.metrics()
+    assert metrics['convoy_images_total{model="colours",outcome="ok"}'] == 10
+    assert metrics['convoy_images_total{model="colours",outcome="invalid"}'] == 5
+    assert metrics['convoy_batch_size_sum{model="colours"}'] == 10
+    runs = metrics['convoy_batch_size_count{model="colours"}']
+    assert 1 <= runs <= 5
+    assert metrics['convoy_batch_seconds_count{model="colours"}'] == runs
+    assert metrics["convoy_requests_in_flight"] == 0
+
+
+def test_every_stage_of_a_request_is_timed(counted: Server) -> None:
+    metrics = counted.metrics()
+    seconds, counts = (
+        {
+            stage: metrics[f'convoy_stage_seconds_{part}{{model="colours",stage="{stage}"}}']
+            for stage in ("decode", "queue", "run", "whole")
+        }
+        for part in ("sum", "count")
+    )
+    assert counts == dict.fromkeys(seconds, 5)
+    assert 0 < seconds["decode"] + seconds["queue"] + seconds["run"] <= seconds["whole"] < 50
+
+
+def test_latency_buckets_resolve_half_a_millisecond_to_ten_seconds(counted: Server) -> None:
+    bounds = sorted(
+        float(sample.labels["le"])
+        for family in text_string_to_metric_families(counted.http("/metrics")[1])
+        for sample in family.samples
+        if sample.name == "convoy_stage_seconds_bucket"
+        and sample.labels["model"] == "colours"
+        and sample.labels["stage"] == "run"
+    )
+    assert bounds[0] <= 0.0005
+    assert bounds[-2:] == [10, float("inf")]
+    assert all(higher <= 2.5 * lower for lower, higher in pairwise(bounds[:-1]))
+
+
+def test_models_are_described(counted: Server) -> None:
+    onnx = REPOSITORY / "models" / "digits" / "1" / "model.onnx"
+    sha256 = hashlib.sha256(onnx.read_bytes()).hexdigest()
+    info = f'convoy_model_info{{device="cpu",model="digits",sha256="{sha256}",version="1"}}'
+    assert counted.metrics()[info] == 1
+    assert counted.metrics()['convoy_model_broken_versions{model="digits"}'] == 0
+
+
+def test_both_formats_parse_and_keep_to_the_naming_rules(counted: Server) -> None:
+    status, text = counted.http("/metrics")
+    assert status == 200
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    ours = {name for name in families if name.startswith("convoy_")}
+    assert len(ours) >= 9
+    for name in ours:
+        assert families[name].documentation.endswith("."), name
+        assert families[name].type != "unknown", name
+    # The strict format: counters end in _total, no series twice, buckets in order.
+    openmetrics = counted.http("/metrics", Accept="application/openmetrics-text")[1]
+    strict = openmetrics_families(openmetrics)  # type: ignore[no-untyped-call]
+    assert {family.name for family in strict} >= ours
+    assert "process_resident_memory_bytes" in families
+
+
+def test_an_unknown_path_says_which_there_are(counted: Server) -> None:
+    status, text = counted.http("/metric")
+    assert status == 404
+    assert "/metrics" in text
