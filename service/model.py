@@ -103,10 +103,13 @@ class Model:
             raise BrokenVersion(
                 f"{bundle.folder}: the graph takes batches of {model.fixed_batch} only"
             )
-        model._prove(bundle)
+        model.prove(bundle)
         return model
 
-    def _prove(self, bundle: Bundle) -> None:
+    def prove(self, bundle: Bundle) -> None:
+        """Raises BrokenVersion where it does not give the golden answers, alone and in the largest
+        batch.
+        """
         golden, count = bundle.golden, len(bundle.manifest.labels)
         if golden.probabilities.shape != (len(golden.pixels), count) or not len(golden.pixels):
             raise BrokenVersion(

@@ -40,9 +40,9 @@ def add(name: str, file: Path, settings: AddSettings) -> Bundle:
         answers = loaded.run(pixels)
     except InferenceFailed as error:
         raise ConvoyError(f"{file}: a first run failed: {error}") from error
-    sums = answers.sum(axis=1)
     if not np.isfinite(answers).all():
         raise ConvoyError(f"{file} gives NaN or infinity: check --scale, --mean and --std")
+    sums = answers.sum(axis=1)
     if (answers < 0).any() or not np.allclose(sums, 1, atol=1e-2):
         raise ConvoyError(
             f"{file} gives no probabilities (a row adds up to {sums[0]:.3g}): "
@@ -57,7 +57,10 @@ def add(name: str, file: Path, settings: AddSettings) -> Bundle:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         provenance={**provenance(), "file": file.name},
     )
-    return bundles.write(settings.models / name, manifest, data, Golden(pixels, answers))
+    golden = Golden(pixels, answers)
+    # What serving would refuse, such as answers that depend on the others in the batch, stays out.
+    loaded.prove(Bundle(file, name, 0, manifest, data, golden))
+    return bundles.write(settings.models / name, manifest, data, golden)
 
 
 def _read(file: Path) -> onnx.ModelProto:
@@ -138,7 +141,7 @@ def _lift(
             "--mean and --std if it was trained with them (for pixels as they are, --scale 1)"
         )
     graph, name = model.graph, source.name
-    taken = {output for node in graph.node for output in node.output} | {name}
+    taken = _names(graph)
     steps: list[tuple[str, dict[str, Any], np.ndarray | None]] = []
     if layout == "nchw":
         # On bytes, before the cast, it moves a quarter of the data.
@@ -170,11 +173,10 @@ def _lift(
             result = inner if last else _free_name(f"{name}_{number}_{op}", taken)
             inputs = [current]
             if constant is not None:
-                weight = _free_name(f"{name}_{number}_constant", taken)
-                graph.initializer.append(
-                    numpy_helper.from_array(constant.astype(np.float32), weight)
-                )
-                inputs.append(weight)
+                # No initializer: up to IR version 3 these must be among the inputs.
+                inputs.append(_free_name(f"{name}_{number}_constant", taken))
+                tensor = numpy_helper.from_array(constant.astype(np.float32))
+                nodes.append(helper.make_node("Constant", [], inputs[1:], value=tensor))
             nodes.append(helper.make_node(op, inputs, [result], **attributes))
             current = result
         old = list(graph.node)
@@ -188,6 +190,11 @@ def _channels(values: tuple[float, ...], channels: int, flag: str) -> np.ndarray
     if len(values) not in (1, channels):
         raise ConvoyError(f"{flag}: {len(values)} numbers for {channels} channels")
     return np.resize(np.array(values, np.float64), channels)
+
+
+def _names(graph: onnx.GraphProto) -> set[str]:
+    names = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    return names | {output for node in graph.node for output in node.output}
 
 
 def _free_name(wanted: str, taken: set[str]) -> str:
@@ -205,7 +212,7 @@ def _lower(model: onnx.ModelProto, sink: onnx.ValueInfoProto, softmax: bool) -> 
         steps.append(("Cast", {"to": TensorProto.FLOAT}))
     if softmax:
         steps.append(("Softmax", {"axis": 1}))
-    taken = {output for node in graph.node for output in node.output}
+    taken = _names(graph)
     for op, attributes in steps:
         inner = _free_name(f"{sink.name}_before_{op}", taken)
         for node in graph.node:

@@ -4,22 +4,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 Floats = npt.NDArray[np.float64]
 
 
-def weights(shape: Sequence[int], classes: int = 3) -> Floats:
+def weights(shape: Sequence[int], classes: int = 3, spread: float = 0.02) -> Floats:
     """What `classifier` multiplies with; different at every position, so that their order shows."""
-    scale = 0.02 / np.sqrt(np.prod(shape))
+    scale = spread / np.sqrt(np.prod(shape))
     return np.random.default_rng(0).normal(0, scale, (int(np.prod(shape)), classes))
 
 
-def logits(inputs: npt.NDArray[np.generic], classes: int = 3) -> Floats:
+def logits(inputs: npt.NDArray[np.generic], classes: int = 3, spread: float = 0.02) -> Floats:
     """What `classifier` without softmax answers to `inputs` as it takes them, in any layout."""
     flat = inputs.reshape(len(inputs), -1).astype(np.float64)
-    answers: Floats = flat @ weights(inputs.shape[1:], classes)
+    answers: Floats = flat @ weights(inputs.shape[1:], classes, spread)
     return answers
 
 
@@ -35,6 +34,7 @@ def classifier(
     kind: int = TensorProto.UINT8,
     batch: int | str | None = "N",
     classes: int = 3,
+    spread: float = 0.02,
     with_softmax: bool = True,
     added: float = 0.0,
     opset: int = 17,
@@ -43,14 +43,14 @@ def classifier(
     names: tuple[str, str] = ("pixels", "probabilities"),
     size: Sequence[int] | None = None,
 ) -> bytes:
-    """Flatten, fully connected, softmax; `added` to every answer.
+    """Flatten, fully connected, softmax; `added` to every answer. `spread` is that of the weights.
 
     `size` stands in for a `shape` that is left open; `listed_weights` are among the inputs, too, as
     old exporters have them.
     """
     floats = TensorProto.FLOAT16 if kind == TensorProto.FLOAT16 else TensorProto.FLOAT
     source, sink = names
-    constants = {"weights": weights(size or [int(n) for n in shape], classes)}
+    constants = {"weights": weights(size or [int(n) for n in shape], classes, spread)}
     nodes, last = [], source
     if kind == TensorProto.UINT8:
         nodes.append(helper.make_node("Cast", [last], ["floats"], to=floats))
@@ -93,7 +93,3 @@ def graph(
         ir_version=ir_version,
     )
     return bytes(made.SerializeToString())
-
-
-def parsed(data: bytes) -> onnx.ModelProto:
-    return onnx.ModelProto.FromString(data)
