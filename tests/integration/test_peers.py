@@ -1,0 +1,128 @@
+"""Clients that others wrote, in an environment of their own."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from service.bundle import Golden
+from tests.conftest import REPOSITORY, TIMEOUT_S, Server, convoy, environment
+from tests.integration.pictures import encode
+
+LOCK = REPOSITORY / "locks" / "peers.txt"
+DIGITS = REPOSITORY / "models" / "digits"
+
+Peer = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def peer() -> Peer:
+    """Runs a function of peer.py in an environment that is made once for each state of the lock."""
+    key = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    made = REPOSITORY / ".cache" / f"peers-{key}"
+    if not made.exists():
+        making = made.with_suffix(f".{os.getpid()}")
+        python = making / "bin" / "python"
+        uv = [sys.executable, "-m", "uv"]
+        subprocess.run([*uv, "venv", "-q", "-p", sys.executable, making], check=True)
+        subprocess.run(
+            [*uv, "pip", "install", "-q", "-p", python, "--require-hashes", "-r", LOCK], check=True
+        )
+        try:
+            making.rename(made)
+        except OSError:  # another run was faster
+            shutil.rmtree(making)
+
+    def run(what: str, subject: str, folder: Path = Path(), **variables: str) -> Any:
+        script = Path(__file__).with_name("peer.py")
+        result = subprocess.run(
+            [made / "bin" / "python", "-P", script, what, subject, folder],
+            capture_output=True,
+            env=environment(**{"PYTHONPATH": "", **variables}),
+            text=True,
+            timeout=4 * TIMEOUT_S,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, digits: Golden) -> Path:
+    """Digits as files in the order of their names, and the same as pixels."""
+    for number, pixels in enumerate(digits.pixels):
+        (tmp_path / f"{number}.png").write_bytes(encode(pixels))
+    np.save(tmp_path / "pixels.npy", digits.pixels)
+    return tmp_path
+
+
+def test_tritonclient_gets_what_convoy_classify_gets_to_the_bit(
+    peer: Peer, shipped: Server, folder: Path, digits: Golden
+) -> None:
+    seen = peer("calls", shipped.target, folder)
+    assert [seen[what] for what in ("live", "ready", "model_ready", "version_ready")] == [True] * 4
+    assert seen["server"] == {"name": "convoy", "version": metadata.version("convoy-serving")}
+    assert seen["model"]["name"] == "digits"
+    assert seen["model"]["versions"] == ["1"]
+    assert seen["model"]["inputs"] == [
+        {"name": "pixels", "datatype": "UINT8", "shape": ["-1", "8", "8", "1"]}
+    ]
+    assert seen["id"] == "42"
+    assert seen["refusal"]["status"] == "StatusCode.NOT_FOUND"
+    assert "nobody's" in seen["refusal"]["message"]
+
+    printed = convoy("classify", folder, "--json", "--top-k", "10", "--server", shipped.target)
+    assert printed.returncode == 0, printed.stderr
+    classified = [
+        [label["probability"] for label in sorted(answer["labels"], key=lambda each: each["index"])]
+        for answer in map(json.loads, printed.stdout.splitlines())
+    ]
+    assert seen["probabilities"] == dict.fromkeys(
+        ["UINT8", "BYTES", "named", "async", "aio"], classified
+    )
+    np.testing.assert_allclose(classified, digits.probabilities, atol=1e-6)
+
+
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="protos/ is generated for protobuf 7, which tritonclient does not allow yet",
+)
+def test_tritonclient_and_convoy_live_in_one_process(
+    peer: Peer, shipped: Server, folder: Path
+) -> None:
+    seen = peer("beside_convoy", shipped.target, folder, PYTHONPATH=str(REPOSITORY))
+    assert seen["triton"] == seen["convoy"]
+    assert len(seen["convoy"]) == 10
+
+
+def test_triton_can_read_the_config_and_it_fits_the_graph(peer: Peer) -> None:
+    graph = onnx.load(DIGITS / "1" / "model.onnx").graph
+    (source,), (sink,) = graph.input, graph.output
+    height, width, channels = (each.dim_value for each in source.type.tensor_type.shape.dim[1:])
+    classes = len((DIGITS / "labels.txt").read_text().splitlines())
+    manifest = json.loads((DIGITS / "1" / "manifest.json").read_text())
+    assert source.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert sink.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert peer("config", str(DIGITS / "config.pbtxt")) == {
+        "name": "digits",
+        "platform": "onnxruntime_onnx",
+        "max_batch_size": manifest["max_batch_size"],
+        "tensors": [
+            [source.name, "TYPE_UINT8", [height, width, channels]],
+            [sink.name, "TYPE_FP32", [classes]],
+        ],
+        "label_filename": "labels.txt",
+        "dynamic_batching": True,
+    }
