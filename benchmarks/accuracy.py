@@ -1,6 +1,6 @@
 """Test accuracy of a recipe over several seeds: each a whole `convoy train`, gate and all.
 
-    python benchmarks/accuracy.py --data digits --seeds 5
+python benchmarks/accuracy.py --data digits --seeds 5
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """How soon the command answers and the server is ready, as a whole process, medians of several runs.
 
-    python benchmarks/start.py
+python benchmarks/start.py
 """
 
 import re

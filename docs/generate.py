@@ -21,7 +21,10 @@ def settings_table() -> str:
         if flag == "*":
             continue
         variable = "CONVOY_" + flag.removeprefix("--").replace("-", "_").upper()
-        default, meaning = argument.field_info.default, " ".join(str(argument.parameter.help).split())
+        default, meaning = (
+            argument.field_info.default,
+            " ".join(str(argument.parameter.help).split()),
+        )
         shown = "" if default is None else f"`{default}`"
         lines.append(f"| `{flag}` | `{variable}` | {shown} | {meaning} |")
     return "\n".join(lines) + "\n"

@@ -139,7 +139,9 @@ def infer(address: str, test: Split, bundle: Bundle) -> bundles.Probabilities:
 
 def gallery(test: Split, predictions: list[Prediction], bundle: Bundle) -> Table:
     """A few pictures and what they were taken for; first those that were taken wrongly."""
-    wrong = [p.label != bundle.manifest.labels[t] for p, t in zip(predictions, test.labels, strict=True)]
+    wrong = [
+        p.label != bundle.manifest.labels[t] for p, t in zip(predictions, test.labels, strict=True)
+    ]
     chosen = sorted(range(len(test)), key=lambda position: not wrong[position])[:5]
     table = Table(*(f"this is a {bundle.manifest.labels[test.labels[n]]}" for n in chosen))
     table.add_row(*(picture(test.inputs[n]) for n in chosen))
@@ -159,7 +161,10 @@ def show_metrics(url: str) -> None:
     values = dict(re.findall(r"^(convoy_\S+(?: \S+)*?) (\S+)$", text, re.MULTILINE))
     table = Table("metric", "value")
     for name, value in values.items():
-        if re.match(r"convoy_(requests_total|images_total|batch_size_(sum|count)|.*_seconds_(sum|count))", name):
+        if re.match(
+            r"convoy_(requests_total|images_total|batch_size_(sum|count)|.*_seconds_(sum|count))",
+            name,
+        ):
             table.add_row(name, f"{float(value):g}")
     console.print(table)
 

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from service.images import Pixels, Target
 Probabilities = npt.NDArray[np.float32]
 
 MODEL, GOLDEN, MANIFEST = "model.onnx", "golden.npz", "manifest.json"
+_TEMPORARY, _ABANDONED_S = ".publishing-", 24 * 3600.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
@@ -75,6 +77,8 @@ class Manifest:
     scores: Scores | None = None
     parity: Parity | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    # The graph takes batches of exactly `max_batch_size`; smaller ones are padded to it.
+    fixed_batch: bool = False
     provenance: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
@@ -232,30 +236,37 @@ def write(model: Path, manifest: Manifest, onnx: bytes, golden: Golden) -> Bundl
 
 def triton_config(name: str, manifest: Manifest) -> str:
     """`config.pbtxt` for Triton's ONNX Runtime backend, in protobuf's text format."""
-    height, width, channels = manifest.pixels.shape
+    # Triton's batching needs a free batch axis; to a fixed one it passes requests as they are.
+    batch = [manifest.max_batch_size] if manifest.fixed_batch else []
+    pixels, classes = [*batch, *manifest.pixels.shape], [*batch, len(manifest.labels)]
     # The names of tensors come from a file: they may hold quotes.
     source, sink = (json.dumps(n, ensure_ascii=False) for n in (manifest.input, manifest.output))
     return f"""\
 name: "{name}"
 platform: "onnxruntime_onnx"
-max_batch_size: {manifest.max_batch_size}
-input [ {{ name: {source} data_type: TYPE_UINT8 dims: [ {height}, {width}, {channels} ] }} ]
+max_batch_size: {0 if batch else manifest.max_batch_size}
+input [ {{ name: {source} data_type: TYPE_UINT8 dims: {pixels} }} ]
 output [
   {{
     name: {sink}
     data_type: TYPE_FP32
-    dims: [ {len(manifest.labels)} ]
+    dims: {classes}
     label_filename: "labels.txt"
   }}
 ]
-dynamic_batching {{ }}
+{"" if batch else "dynamic_batching { }"}
 """
 
 
 @contextlib.contextmanager
 def _temporary_folder(model: Path) -> Iterator[Path]:
     # Hidden and not a number: neither we nor Triton take it for a version.
-    folder = Path(tempfile.mkdtemp(prefix=".publishing-", dir=model))
+    for left in model.glob(f"{_TEMPORARY}*"):
+        # By a writer that was killed; one that is at work is younger, and may be done by now.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=model))
     try:
         yield folder
     finally:

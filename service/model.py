@@ -99,9 +99,11 @@ class Model:
                 f"{bundle.folder}: the manifest says {said}, the graph is "
                 f"{(model.input, model.output, model.shape)}"
             )
-        if model.fixed_batch not in (None, manifest.max_batch_size):
+        fixed = manifest.max_batch_size if manifest.fixed_batch else None
+        if model.fixed_batch != fixed:
             raise BrokenVersion(
-                f"{bundle.folder}: the graph takes batches of {model.fixed_batch} only"
+                f"{bundle.folder}: the graph's batch axis is {model.fixed_batch or 'free'}, "
+                f"the manifest says {fixed or 'free'}"
             )
         model.prove(bundle)
         return model

@@ -54,6 +54,7 @@ def add(name: str, file: Path, settings: AddSettings) -> Bundle:
         pixels=target,
         labels=_labels(settings.labels, answers.shape[1]),
         max_batch_size=batch or settings.max_batch_size,
+        fixed_batch=batch is not None,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         provenance={**provenance(), "file": file.name},
     )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Split:
         return digest.hexdigest()
 
     def _only(self, chosen: npt.NDArray[np.bool_]) -> "Split":
-        files = self.files and tuple(f for f, take in zip(self.files, chosen, strict=True) if take)
+        files = self.files and tuple(compress(self.files, chosen))
         return Split(self.inputs[chosen], self.labels[chosen], files)
 
 
@@ -87,7 +88,7 @@ def _untracked(items: Iterable[Any], _doing: str, _total: int) -> Iterable[Any]:
 def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
     """The data that `settings` name, decoded, in splits.
 
-    A test split that is not given is cut by a hash of each image's content: it stays the same when
+    A test split that is not given is cut by a hash of each image's pixels: it stays the same when
     images are added, and copies of an image never end up on both sides. Raises DataError.
     """
     name, classes, target, given = _given(settings, track, ("train", "test"))
@@ -116,16 +117,8 @@ def _test_cut_off(given: dict[str, Split], settings: TrainingSettings) -> tuple[
 
 def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
     """The rest, and about `share` of each class."""
-    hashes = (
-        np.array(
-            [
-                int.from_bytes(hashlib.sha256(salt.encode() + row.tobytes()).digest()[:8], "big")
-                for row in split.inputs
-            ],
-            np.float64,
-        )
-        / 2**64
-    )
+    salted = (hashlib.sha256(salt.encode() + row.tobytes()).digest() for row in split.inputs)
+    hashes = np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in salted])
     chosen = hashes < share
     for label in np.unique(split.labels):
         members = split.labels == label
@@ -168,7 +161,13 @@ def _folder(
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: --data takes one with a subfolder for each class")
     parts = {"train": folder / "train", "test": folder / "test"}
-    if not all(part.is_dir() for part in parts.values()):
+    present = [part.is_dir() and any(map(_is_class, part.iterdir())) for part in parts.values()]
+    if any(present) and not all(present):
+        raise DataError(
+            f"{folder} has classes in only one of train/ and test/: give both, "
+            "or have the test cut off with --data naming the folder of classes itself"
+        )
+    if not any(present):
         parts = {"train": folder}
     classes = tuple(sorted(f.name for f in parts["train"].iterdir() if _is_class(f)))
     if not classes:

@@ -145,7 +145,7 @@ def test_half_precision_is_reached_by_way_of_floats(
 def test_a_fixed_batch_is_the_largest(batch: int, kind: int, publish: Publish) -> None:
     settings = {} if kind == U8 else {"scale": (1.0,)}
     bundle = publish(classifier(kind=kind, batch=batch), **settings)
-    assert bundle.manifest.max_batch_size == batch
+    assert (bundle.manifest.max_batch_size, bundle.manifest.fixed_batch) == (batch, True)
     assert np.allclose(served(bundle, pixels()), softmax(logits(pixels())), atol=1e-5)
 
 

@@ -542,6 +542,26 @@ def test_triton_reads_the_config(names: tuple[str, str], model: Path) -> None:
     assert config.HasField("dynamic_batching")
 
 
+def test_triton_gets_a_fixed_batch_axis_as_a_dimension(model: Path) -> None:
+    fixed = dataclasses.replace(MANIFEST, fixed_batch=True, max_batch_size=2)
+    bundles.write(model, fixed, ONNX, GOLDEN)
+    config = triton_config((model / "config.pbtxt").read_text(encoding="utf-8"))
+    assert config.max_batch_size == 0
+    assert list(config.input[0].dims) == [2, 4, 5, 3]
+    assert list(config.output[0].dims) == [2, 2]
+    assert not config.HasField("dynamic_batching")
+
+
+def test_what_a_killed_writer_left_is_removed_in_time(model: Path) -> None:
+    model.mkdir(parents=True)
+    old, young = model / ".publishing-old", model / ".publishing-young"
+    old.mkdir()
+    young.mkdir()
+    os.utime(old, (0, 0))
+    write(model)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
 def test_config_and_labels_are_those_of_the_newest_version(model: Path, version: Path) -> None:
     newer = dataclasses.replace(MANIFEST, labels=["x", "y", "z"], max_batch_size=2)
     bundles.write(model, newer, ONNX, GOLDEN)

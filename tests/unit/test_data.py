@@ -370,3 +370,12 @@ def test_the_digits_come_with_scikit_learn() -> None:
     assert len(data.train) + len(data.validation) + len(data.test) == 1797
     assert (data.train.inputs.min(), data.train.inputs.max()) == (0, 255)
     assert rows(data.train).isdisjoint(rows(data.test))
+
+
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_one_half_of_given_splits_is_not_taken_for_a_class(missing: str, pets: Path) -> None:
+    folder = pets.parent / "split"
+    shutil.copytree(pets, folder / ("test" if missing == "train" else "train"))
+    shutil.copytree(pets, folder / "val")
+    with pytest.raises(DataError, match="only one of train/ and test/"):
+        load(folder)
