@@ -24,6 +24,10 @@ _CALLS = 4
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # gRPC's own would leave calls failing for minutes after a server is back; with these, the
+    # retries below reach it.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
     (
         "grpc.service_config",
         json.dumps(

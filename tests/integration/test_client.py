@@ -194,12 +194,15 @@ def test_models_are_listed(server: Server, list_models: Callable[[str], list[str
         list_models("127.0.0.1:1")
 
 
-def test_a_restart_goes_unnoticed(models: Path) -> None:
+def test_a_server_that_comes_back_is_reached_at_once(models: Path) -> None:
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(Server(models=models)).ready()
         classifier = stack.enter_context(Classifier(first.target, model="colours"))
         assert classifier.classify(solid("red")).label == "red"
         assert first.stop() == 0
+        for _ in range(3):
+            with pytest.raises(ClassifierError, match="no server answers"):
+                classifier.classify(solid("red"))
         second = stack.enter_context(Server("--port", str(first.port), models=models))
         second.ready()
         assert classifier.classify(solid("lime")).label == "green"

@@ -47,6 +47,8 @@ def refused_at(port: int) -> bool:
         socket.create_connection(("127.0.0.1", port), TIMEOUT_S).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionError:  # closed while it was accepting
+        pass
     return False
 
 

@@ -124,7 +124,7 @@ def test_sigterm_answers_what_was_read_and_ends_the_stream(
     slow_models: Path, digits: Golden
 ) -> None:
     with (
-        Server(models=slow_models) as server,
+        Server("--drain-grace-s", "600", models=slow_models) as server,
         server.ready().channel() as channel,
         Stream(channel) as stream,
     ):
