@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(SUPPORTED)' 2>/dev/null &
 BIN := .venv/bin
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I. protos/*.proto
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	--no-emit-index-url --no-header --no-annotate $(UPGRADE) pyproject.toml
+	--no-emit-index-url --no-header --no-annotate $(UPGRADE)
 
 .PHONY: help
 help: ## List the targets
@@ -65,9 +65,10 @@ docs: install ## Generate the settings tables in README.md and docs/
 
 .PHONY: lock
 lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest versions)
-	$(LOCK) --extra cpu --output-file locks/cpu.txt
-	$(LOCK) --extra gpu --output-file locks/gpu.txt
-	$(LOCK) --extra cpu --extra train --extra dev --output-file locks/dev.txt
+	$(LOCK) pyproject.toml --extra cpu --output-file locks/cpu.txt
+	$(LOCK) pyproject.toml --extra gpu --output-file locks/gpu.txt
+	$(LOCK) pyproject.toml --extra cpu --extra train --extra dev --output-file locks/dev.txt
+	$(LOCK) locks/peers.in --output-file locks/peers.txt
 
 .PHONY: clean
 clean: ## Remove .venv, caches and demo runs

@@ -180,7 +180,7 @@ class Classifier:
         try:
             return chunk.predictions(future.result() if future else pb.ClassifyResponse())
         except grpc.RpcError as error:
-            raise _explain(error, self._target) from error
+            return chunk.refused(_explain(error, self._target))
 
     def models(self) -> list[pb.Model]:
         """What the server serves: messages convoy.v1.Model. Raises ClassifierError."""
@@ -273,7 +273,7 @@ class AsyncClassifier:
                 chunk.request(self._model, self._version, top_k), timeout=self._timeout_s
             )
         except grpc.RpcError as error:
-            raise _explain(error, self._target) from error
+            return chunk.refused(_explain(error, self._target))
         return chunk.predictions(response)
 
     async def models(self) -> list[pb.Model]:
@@ -309,14 +309,12 @@ class _Chunk:
         self.bytes = 0
         self._unreadable: dict[int, ClassifierError] = {}
 
-    def add(self, image: ImageLike) -> None:
-        try:
-            message = _message(image)
-        except (OSError, ValueError) as error:
-            self._unreadable[len(self)] = ClassifierError("INVALID_ARGUMENT", str(error))
-            return
-        self.images.append(message)
-        self.bytes += message.ByteSize()
+    def add(self, image: pb.Image | ClassifierError) -> None:
+        if isinstance(image, ClassifierError):
+            self._unreadable[len(self)] = image
+        else:
+            self.images.append(image)
+            self.bytes += image.ByteSize()
 
     def __len__(self) -> int:
         return len(self.images) + len(self._unreadable)
@@ -326,6 +324,14 @@ class _Chunk:
 
     def request(self, model: str, version: int, top_k: int) -> pb.ClassifyRequest:
         return pb.ClassifyRequest(model=model, version=version, images=self.images, top_k=top_k)
+
+    def refused(self, error: ClassifierError) -> list[Prediction]:
+        """The predictions where the call failed. Raises `error`, unless the one image that the call
+        was made for is to blame: it is too large for any call.
+        """
+        if len(self) == 1 and error.code == "INVALID_ARGUMENT":
+            return [Prediction((), error=error)]
+        raise error
 
     def predictions(self, response: pb.ClassifyResponse) -> list[Prediction]:
         results = iter(response.results)
@@ -349,7 +355,12 @@ class _Chunk:
 def _chunks(images: Iterable[ImageLike]) -> Iterator[_Chunk]:
     chunk = _Chunk()
     for image in images:
-        chunk.add(image)
+        message = _message(image)
+        # So large an image travels alone: if the server refuses it, no other is refused with it.
+        if len(chunk) and isinstance(message, pb.Image) and message.ByteSize() > _CALL_BYTES:
+            yield chunk
+            chunk = _Chunk()
+        chunk.add(message)
         if chunk.full():
             yield chunk
             chunk = _Chunk()
@@ -357,20 +368,25 @@ def _chunks(images: Iterable[ImageLike]) -> Iterator[_Chunk]:
         yield chunk
 
 
-def _message(image: ImageLike) -> pb.Image:
+def _message(image: ImageLike) -> pb.Image | ClassifierError:
+    """What travels for `image`, or why it can't."""
     if isinstance(image, bytes):
         return pb.Image(encoded=image)
     if isinstance(image, (str, os.PathLike)):
-        return pb.Image(encoded=Path(image).read_bytes())
+        try:
+            return pb.Image(encoded=Path(image).read_bytes())
+        except OSError as error:
+            return ClassifierError("INVALID_ARGUMENT", str(error))
     interface = image.__array_interface__
     shape = tuple(interface["shape"])
     shape += (1,) * (3 - len(shape))
     # A Pillow image with a palette looks like grey pixels, but its values are colour numbers.
     mode = getattr(image, "mode", "RGB")
     if interface["typestr"] != "|u1" or len(shape) != 3 or mode not in ("L", "RGB", "RGBA"):
-        raise ValueError(
-            f"pixels must be uint8 [height, width] or [height, width, channels], "
-            f"not {interface['typestr']} {shape} ({mode})"
+        return ClassifierError(
+            "INVALID_ARGUMENT",
+            "pixels must be uint8 [height, width] or [height, width, channels], "
+            f"not {interface['typestr']} {shape} ({mode})",
         )
     height, width, channels = shape
     return pb.Image(

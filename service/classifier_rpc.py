@@ -31,7 +31,9 @@ class ClassifierRpc:
                 "ClassifyStream": front.stream(
                     "ClassifyStream", pb.ClassifyStreamRequest, self.classify_one, refuse_one
                 ),
-                "ListModels": front.unary("ListModels", pb.ListModelsRequest, self.list_models),
+                "ListModels": front.unary(
+                    "ListModels", pb.ListModelsRequest, self.list_models, always=True
+                ),
             },
         )
 

@@ -71,15 +71,19 @@ class Front:
         self._draining = asyncio.Event()
 
     def unary(
-        self, name: str, kind: type[Message], handler: Handler
+        self, name: str, kind: type[Message], handler: Handler, *, always: bool = False
     ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """A unary call `name` (for metrics) whose requests are `kind`."""
+        """A unary call `name` (for metrics) whose requests are `kind`.
+
+        `always`: is answered however much is in flight, as what asks for no work should be: a
+        server that is only busy would else be taken for dead.
+        """
 
         async def behaviour(data: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
             self._opened(context)
             call = _call(context)
             try:
-                with self._counted(name, call):
+                with self._counted(name, call, always):
                     request = self._parse(kind, data)
                     return (await handler(request, call)).SerializeToString()
             except Exception as error:
@@ -174,12 +178,12 @@ class Front:
         context.add_done_callback(closed)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
-    def _counted(self, name: str, call: Call) -> Iterator[None]:
+    def _counted(self, name: str, call: Call, always: bool = False) -> Iterator[None]:
         code = Code.OK
         self._in_flight += 1
         self._metrics.started()
         try:
-            if self._in_flight > self._max_in_flight:
+            if self._in_flight > self._max_in_flight and not always:
                 raise errors.Overloaded(
                     f"{self._max_in_flight} requests are in flight here: back off, then retry"
                 )

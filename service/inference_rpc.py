@@ -41,7 +41,10 @@ class InferenceRpc:
         }
         return grpc.method_handlers_generic_handler(
             SERVICE,
-            {name: front.unary(name, kind, handler) for name, (kind, handler) in calls.items()},
+            {
+                name: front.unary(name, kind, handler, always=name != "ModelInfer")
+                for name, (kind, handler) in calls.items()
+            },
         )
 
     async def server_live(self, request: pb.ServerLiveRequest, call: Call) -> pb.ServerLiveResponse:

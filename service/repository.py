@@ -14,7 +14,14 @@ from service import bundle as bundles
 from service import images
 from service.batcher import Answer, Batch, Batcher
 from service.bundle import Bundle
-from service.errors import BrokenVersion, InferenceFailed, InvalidImage, NotReady, UnknownModel
+from service.errors import (
+    BrokenVersion,
+    InferenceFailed,
+    InvalidImage,
+    InvalidRequest,
+    NotReady,
+    UnknownModel,
+)
 from service.images import Pixels
 from service.metrics import Metrics
 from service.model import Model, usable_cores
@@ -32,12 +39,12 @@ class Served:
         model: Model,
         decoders: ThreadPoolExecutor,
         metrics: Metrics,
-        max_megapixels: float,
+        settings: Settings,
         on_bug: Callable[[BaseException], None],
     ) -> None:
         self.bundle, self.model = bundle, model
         self.name, self.version, self.manifest = bundle.name, bundle.version, bundle.manifest
-        self._decoders, self._metrics, self._max_megapixels = decoders, metrics, max_megapixels
+        self._decoders, self._metrics, self._settings = decoders, metrics, settings
         self._batcher = Batcher(
             model.run,
             self.manifest.pixels.shape,
@@ -55,8 +62,13 @@ class Served:
     ) -> tuple[list[Pixels | InvalidImage], float]:
         """Each input as uint8 `[H, W, C]` pixels of the model's size, or why it can't be read; and
         the seconds until the last was done. Encoded images and pixels may be mixed; one that is
-        known to be invalid stays so.
+        known to be invalid stays so. Raises InvalidRequest where they are too many.
         """
+        if len(inputs) > self._settings.max_images:
+            raise InvalidRequest(
+                f"{len(inputs)} images in one request, the limit is {self._settings.max_images}: "
+                "send several requests, or a stream"
+            )
         began = time.monotonic()
         loop, target = asyncio.get_running_loop(), self.manifest.pixels
 
@@ -66,12 +78,12 @@ class Served:
             try:
                 if isinstance(item, bytes):
                     return await loop.run_in_executor(
-                        self._decoders, images.decode, item, target, self._max_megapixels
+                        self._decoders, images.decode, item, target, self._settings.max_megapixels
                     )
                 if item.shape == target.shape:
                     return item
                 return await loop.run_in_executor(
-                    self._decoders, images.prepare, item, target, self._max_megapixels
+                    self._decoders, images.prepare, item, target, self._settings.max_megapixels
                 )
             except InvalidImage as error:
                 return error
@@ -161,7 +173,7 @@ class Repository:
                 model,
                 self._decoders,
                 self._metrics,
-                self._settings.max_megapixels,
+                self._settings,
                 self._on_bug,
             )
             return Entry(name, served, reasons[0] if reasons else "")

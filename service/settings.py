@@ -50,6 +50,9 @@ class Settings:
     max_megapixels: Positive = 50.0
     """Largest image, in millions of pixels, looked at before it is decoded."""
 
+    max_images: Count = 4096
+    """Most images in one request; larger sets are for several requests, or a stream."""
+
     max_in_flight: Count = 1024
     """Requests taken on at once; more are refused with RESOURCE_EXHAUSTED."""
 

@@ -94,11 +94,6 @@ def test_tritonclient_gets_what_convoy_classify_gets_to_the_bit(
     np.testing.assert_allclose(classified, digits.probabilities, atol=1e-6)
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="protos/ is generated for protobuf 7, which tritonclient does not allow yet",
-)
 def test_tritonclient_and_convoy_live_in_one_process(
     peer: Peer, shipped: Server, folder: Path
 ) -> None:
