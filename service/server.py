@@ -155,9 +155,10 @@ class _Server:
             log.info("SIGTERM: not ready; still answering for %g s", settings.shutdown_delay_s)
             await asyncio.sleep(settings.shutdown_delay_s)
         log.info("draining, for at most %g s", settings.drain_grace_s)
-        # Refuses new calls at once. It would wait for the streams of Watch until the grace is over;
-        # so it is told to end as soon as none of our calls is left.
-        closing = asyncio.create_task(server.stop(settings.drain_grace_s))
+        # The first stop refuses new calls. It would wait for the streams of Watch until its grace is
+        # over, so the second ends it as soon as none of our calls is left, or their grace is over.
+        # Were both to end at once, grpc would cancel the calls of a server it has destroyed.
+        closing = asyncio.create_task(server.stop(settings.drain_grace_s + 3600))
         drained = await front.drain(settings.drain_grace_s)
         await server.stop(0.1 if drained else 0)
         await closing
