@@ -1,4 +1,5 @@
-"""Writes what the documentation says of flags from their declarations: docs/cli.md, README.md.
+"""Writes what the documentation takes from the code: flags from their declarations (docs/cli.md,
+README.md), and what a real server answers to bad input (docs/bad-input.md).
 
 `--check` writes nothing and exits with 1 where a file would change.
 """
@@ -8,9 +9,20 @@ import sys
 from pathlib import Path
 
 from convoy.__main__ import app
+from tests.integration import bad_input
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- settings of `convoy serve` -->\n).*?(<!-- end -->)", re.DOTALL)
+
+BAD_INPUT = """\
+# What becomes of bad input
+
+Written by `make docs` from the answers of a real server (with `--max-request-mb 1`); the tests hold \
+each row against both APIs, and send a good request to the same process after it. In `Classify` a \
+bad image fails alone, with this status and message in its own result; in `ModelInfer`, which has no \
+place for that, the request fails with the image's number in front of the message.
+
+"""
 
 
 def settings_table() -> str:
@@ -35,6 +47,7 @@ def main() -> int:
     cli = re.sub(r"[ \t]+$", "", app.generate_docs(output_format="markdown"), flags=re.MULTILINE)
     wanted = {
         ROOT / "docs" / "cli.md": cli,
+        ROOT / "docs" / "bad-input.md": BAD_INPUT + bad_input.table(),
         readme: MARKERS.sub(
             lambda m: m[1] + settings_table() + m[2], readme.read_text(encoding="utf-8")
         ),
@@ -44,7 +57,7 @@ def main() -> int:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         if "--check" in sys.argv:
-            print(f"{path.relative_to(ROOT)} is not what the declarations say: make docs")
+            print(f"{path.relative_to(ROOT)} is not what the code says: make docs")
             status = 1
         else:
             path.write_text(text, encoding="utf-8")

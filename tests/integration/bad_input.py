@@ -1,9 +1,8 @@
 """What callers send wrongly, or strangely, and what they are told.
 
-`python -m tests.integration.bad_input` prints the table as a real server answers it.
+`make docs` writes the table, as a real server answers it, to docs/bad-input.md.
 """
 
-import functools
 import shutil
 import struct
 import tempfile
@@ -247,27 +246,23 @@ def serve(folder: Path) -> Server:
     return Server("--max-request-mb", str(MAX_REQUEST_MB), models=folder)
 
 
-def main() -> None:
-    row = functools.partial("| {} | {} | {} |".format)
+def table() -> str:
+    """What a real server answers to all of them, in markdown."""
+    rows = [("input", "status", "message"), ("---", "---", "---")]
     with (
         tempfile.TemporaryDirectory() as folder,
         serve(Path(folder)) as server,
         server.ready().channel() as channel,
     ):
-        print(row("input", "status", "message"))
-        print(row("---", "---", "---"))
         for picture in PICTURES:
             status, message = ask(channel, CLASSIFY, classify_picture(picture))
-            print(row(f"image: {picture.what}", status, _cell(status, message)))
+            rows.append((f"image: {picture.what}", status, _cell(status, message)))
         for case in CASES:
             status, message = ask(channel, case.call, case.body)
             name = case.call.rpartition("/")[2]
-            print(row(f"{name}: {case.what}", status, _cell(status, message)))
+            rows.append((f"{name}: {case.what}", status, _cell(status, message)))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _cell(status: str, message: str) -> str:
     return f"(answered: {message})" if status == "OK" else message.replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    main()
