@@ -9,6 +9,7 @@ models/<name>/<version>/                  a positive integer; the highest is the
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -71,7 +72,7 @@ class Manifest:
     output: str
     pixels: Target
     labels: list[str]
-    max_batch_size: Annotated[int, msgspec.Meta(ge=1)]
+    max_batch_size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     created: str
     files: dict[str, File] = field(default_factory=dict)
     scores: Scores | None = None
@@ -234,6 +235,26 @@ def write(model: Path, manifest: Manifest, onnx: bytes, golden: Golden) -> Bundl
     return read(folder)
 
 
+@contextlib.contextmanager
+def exclusive(model: Path) -> Iterator[None]:
+    """Holds the folder `model` against other publishers, made if need be: a look at what serves, the
+    verdict and the rename belong together. Waits for who holds it; a killed holder lets go.
+    """
+    check_name(model.name)
+    try:
+        model.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(model, os.O_RDONLY)
+    except OSError as error:
+        raise ConvoyError(f"{model} can't be published to: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            model.rmdir()  # where it was made for nothing
+
+
 def triton_config(name: str, manifest: Manifest) -> str:
     """`config.pbtxt` for Triton's ONNX Runtime backend, in protobuf's text format."""
     # Triton's batching needs a free batch axis; to a fixed one it passes requests as they are.
@@ -276,6 +297,8 @@ def _temporary_folder(model: Path) -> Iterator[Path]:
 def _rename_to_next(temporary: Path, model: Path) -> Path:
     while True:
         folder = model / str(max(versions(model), default=0) + 1)
+        if not _VERSION.fullmatch(folder.name):
+            raise ConvoyError(f"{folder} would be too high a version: remove the one before it")
         try:
             return temporary.rename(folder)
         except OSError:

@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from service import bundle as bundles
-from service.bundle import Bundle, Golden, Manifest
+from service.bundle import Bundle, Golden, Manifest, Probabilities
 from service.errors import BrokenVersion, ConvoyError, InferenceFailed
 from service.images import Pixels, Target
 from service.model import Model
@@ -32,21 +32,24 @@ def add(name: str, file: Path, settings: AddSettings) -> Bundle:
     source, sink = _single_ends(model, file)
     batch, layout, target = _shape(source, settings, file)
     _lift(model, source, batch, layout, target, settings, file)
-    _lower(model, sink, settings.softmax)
-    data = _check(model, file)
-    loaded = _load(data, file)
+    _lower(model, sink)
     pixels = _probe_pixels(target)
-    try:
-        answers = loaded.run(pixels)
-    except InferenceFailed as error:
-        raise ConvoyError(f"{file}: a first run failed: {error}") from error
-    if not np.isfinite(answers).all():
-        raise ConvoyError(f"{file} gives NaN or infinity: check --scale, --mean and --std")
-    sums = answers.sum(axis=1)
-    if (answers < 0).any() or not np.allclose(sums, 1, atol=1e-2):
+    data, loaded, answers = _try(model, file, pixels)
+    if settings.softmax:
+        if _are_probabilities(answers):
+            raise ConvoyError(f"{file} gives probabilities already: leave --softmax out")
+        _append(model, sink, "Softmax", axis=1)
+        data, loaded, answers = _try(model, file, pixels)
+    elif not _are_probabilities(answers):
         raise ConvoyError(
-            f"{file} gives no probabilities (a row adds up to {sums[0]:.3g}): "
+            f"{file} gives no probabilities (a row adds up to {answers[0].sum():.3g}): "
             "if they are logits, add --softmax"
+        )
+    if answers.shape[1] < 2:
+        raise ConvoyError(f"{file} has a single output: a classifier has one for each class")
+    if np.ptp(answers, axis=0).max() < 1e-7:
+        raise ConvoyError(
+            f"{file} gives noise, black and white the same answer: check --scale, --mean and --std"
         )
     manifest = Manifest(
         input=loaded.input,
@@ -61,7 +64,9 @@ def add(name: str, file: Path, settings: AddSettings) -> Bundle:
     golden = Golden(pixels, answers)
     # What serving would refuse, such as answers that depend on the others in the batch, stays out.
     loaded.prove(Bundle(file, name, 0, manifest, data, golden))
-    return bundles.write(settings.models / name, manifest, data, golden)
+    folder = settings.models / name
+    with bundles.exclusive(folder):
+        return bundles.write(folder, manifest, data, golden)
 
 
 def _read(file: Path) -> onnx.ModelProto:
@@ -205,24 +210,40 @@ def _free_name(wanted: str, taken: set[str]) -> str:
     return wanted
 
 
-def _lower(model: onnx.ModelProto, sink: onnx.ValueInfoProto, softmax: bool) -> None:
-    """Makes the graph give float32 under the name that its output has, through a softmax if asked."""
-    graph, kind = model.graph, sink.type.tensor_type.elem_type
-    steps: list[tuple[str, dict[str, Any]]] = []
-    if kind != TensorProto.FLOAT:
-        steps.append(("Cast", {"to": TensorProto.FLOAT}))
-    if softmax:
-        steps.append(("Softmax", {"axis": 1}))
-    taken = _names(graph)
-    for op, attributes in steps:
-        inner = _free_name(f"{sink.name}_before_{op}", taken)
-        for node in graph.node:
-            for values in (node.input, node.output):
-                for position, value in enumerate(values):
-                    if value == sink.name:
-                        values[position] = inner
-        graph.node.append(helper.make_node(op, [inner], [sink.name], **attributes))
-    sink.type.tensor_type.elem_type = TensorProto.FLOAT
+def _lower(model: onnx.ModelProto, sink: onnx.ValueInfoProto) -> None:
+    """Makes the graph give float32 under the name that its output has."""
+    if sink.type.tensor_type.elem_type != TensorProto.FLOAT:
+        _append(model, sink, "Cast", to=TensorProto.FLOAT)
+        sink.type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def _append(model: onnx.ModelProto, sink: onnx.ValueInfoProto, op: str, **attributes: Any) -> None:
+    """Puts one more operation behind the graph, under the name that its output has."""
+    graph = model.graph
+    inner = _free_name(f"{sink.name}_before_{op}", _names(graph))
+    for node in graph.node:
+        for values in (node.input, node.output):
+            for position, value in enumerate(values):
+                if value == sink.name:
+                    values[position] = inner
+    graph.node.append(helper.make_node(op, [inner], [sink.name], **attributes))
+
+
+def _try(model: onnx.ModelProto, file: Path, pixels: Pixels) -> tuple[bytes, Model, Probabilities]:
+    """The graph's bytes, loaded, and its answers to `pixels`."""
+    data = _check(model, file)
+    loaded = _load(data, file)
+    try:
+        answers = loaded.run(pixels)
+    except InferenceFailed as error:
+        raise ConvoyError(f"{file}: a first run failed: {error}") from error
+    if not np.isfinite(answers).all():
+        raise ConvoyError(f"{file} gives NaN or infinity: check --scale, --mean and --std")
+    return data, loaded, answers
+
+
+def _are_probabilities(answers: Probabilities) -> bool:
+    return bool((answers >= 0).all() and np.allclose(answers.sum(axis=1), 1, atol=1e-2))
 
 
 def _check(model: onnx.ModelProto, file: Path) -> bytes:
@@ -251,11 +272,13 @@ def _labels(file: Path | None, classes: int) -> list[str]:
     if file is None:
         return [f"class {number}" for number in range(classes)]
     try:
-        labels = file.read_text(encoding="utf-8").splitlines()
+        labels = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConvoyError(f"{file}: {error}") from error
     while labels and not labels[-1].strip():
         labels.pop()
     if len(labels) != classes:
         raise ConvoyError(f"{file} has {len(labels)} labels, the model {classes} classes")
+    if not all(label.strip() for label in labels):
+        raise ConvoyError(f"{file} has an empty line between its labels")
     return [label.strip() for label in labels]

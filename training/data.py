@@ -3,9 +3,10 @@
 import hashlib
 import io
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from service import images
+from service import bundle, images
 from service.errors import ConvoyError, InvalidImage
 from service.images import Pixels, Target
 from service.model import usable_cores
@@ -29,6 +30,8 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 _PROBED = 256
+# The size at which images are compared, whatever size they are trained at.
+_IDENTITY = Target(32, 32, 3)
 
 
 class DataError(ConvoyError):
@@ -45,6 +48,12 @@ class Split:
     inputs: Pixels
     labels: Labels
     files: tuple[Path, ...] | None = None
+    # What tells each image from others: the same for copies, whatever size they are decoded to.
+    identities: tuple[bytes, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.identities:
+            object.__setattr__(self, "identities", tuple(row.tobytes() for row in self.inputs))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,6 +67,14 @@ class Split:
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
         return buffer.getvalue()
 
+    def at(self, target: Target) -> Pixels:
+        """The images brought to another size than `inputs` have."""
+        if target.shape == self.inputs.shape[1:] and not self.files:
+            return self.inputs
+        if self.files:
+            return np.stack([images.decode(file.read_bytes(), target) for file in self.files])
+        return np.stack([images.prepare(row, target) for row in self.inputs])
+
     def fingerprint(self) -> str:
         """A sha256 over pixels and labels: the same data has the same."""
         digest = hashlib.sha256(self.inputs.tobytes())
@@ -66,7 +83,8 @@ class Split:
 
     def _only(self, chosen: npt.NDArray[np.bool_]) -> "Split":
         files = self.files and tuple(compress(self.files, chosen))
-        return Split(self.inputs[chosen], self.labels[chosen], files)
+        identities = tuple(compress(self.identities, chosen))
+        return Split(self.inputs[chosen], self.labels[chosen], files, identities)
 
 
 @dataclass(frozen=True)
@@ -88,13 +106,25 @@ def _untracked(items: Iterable[Any], _doing: str, _total: int) -> Iterable[Any]:
 def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
     """The data that `settings` name, decoded, in splits.
 
-    A test split that is not given is cut by a hash of each image's pixels: it stays the same when
-    images are added, and copies of an image never end up on both sides. Raises DataError.
+    A test split that is not given is cut by a hash of what each image shows: it stays the same when
+    images are added, and copies of an image never end up on both sides. Of a test split that is
+    given, copies among the training images are left out of these. Raises DataError.
     """
-    name, classes, target, given = _given(settings, track, ("train", "test"))
+    name = model_name(settings)
+    classes, target, given = _given(settings, track, ("train", "test"))
     train, test = _test_cut_off(given, settings)
+    known = set(test.identities)
+    fresh = np.array([identity not in known for identity in train.identities], bool)
+    if not fresh.all():
+        first = train.files and train.files[int(fresh.argmin())]
+        log.warning(
+            "%d training images are test images too, such as %s: they are not trained on",
+            int((~fresh).sum()),
+            first,
+        )
+        train = train._only(fresh)
     train, validation = _cut(train, settings.validation_share, f"validation {settings.split_seed}")
-    data = Dataset(settings.name or name, classes, target, train, validation, test)
+    data = Dataset(name, classes, target, train, validation, test)
     for split, what in ((train, "train on"), (validation, "validate on"), (test, "test with")):
         for missing in sorted(set(range(len(classes))) - set(split.labels.tolist())):
             raise DataError(
@@ -103,9 +133,20 @@ def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
     return data
 
 
+def model_name(settings: TrainingSettings) -> str:
+    """The name of the model, of the data's folder if none is set. Raises ConvoyError."""
+    name = settings.name
+    if not name:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(settings.data).resolve().name).strip("-._")
+        if not name:
+            raise DataError(f"{settings.data} makes no name for a model: give one with --name")
+    bundle.check_name(name)
+    return name
+
+
 def load_test(settings: TrainingSettings, track: Track = _untracked) -> tuple[list[str], Split]:
     """The names of the classes, and the test split alone, as `load` has it."""
-    _, classes, _, given = _given(settings, track, ("test",))
+    classes, _, given = _given(settings, track, ("test",))
     return list(classes), _test_cut_off(given, settings)[1]
 
 
@@ -117,7 +158,7 @@ def _test_cut_off(given: dict[str, Split], settings: TrainingSettings) -> tuple[
 
 def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
     """The rest, and about `share` of each class."""
-    salted = (hashlib.sha256(salt.encode() + row.tobytes()).digest() for row in split.inputs)
+    salted = (hashlib.sha256(salt.encode() + content).digest() for content in split.identities)
     hashes = np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in salted])
     chosen = hashes < share
     for label in np.unique(split.labels):
@@ -129,11 +170,11 @@ def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
     return split._only(~chosen), split._only(chosen)
 
 
-_Given = tuple[str, tuple[str, ...], Target, dict[str, Split]]
+_Given = tuple[tuple[str, ...], Target, dict[str, Split]]
 
 
 def _given(settings: TrainingSettings, track: Track, wanted: Sequence[str]) -> _Given:
-    """Name, classes, size and splits of the data, those of `wanted` that they come with."""
+    """Classes, size and splits of the data, those of `wanted` that they come with."""
     folder = Path(settings.data)
     if settings.data == "digits" and not folder.exists():
         return _digits()
@@ -152,7 +193,7 @@ def _digits() -> _Given:
     inputs = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
     classes = tuple(str(digit) for digit in bunch.target_names)
     split = Split(inputs, bunch.target.astype(np.int64))
-    return "digits", classes, Target(8, 8, 1), {"train": split}
+    return classes, Target(8, 8, 1), {"train": split}
 
 
 def _folder(
@@ -183,7 +224,7 @@ def _folder(
         for name, files in found.items()
         if name in wanted or len(found) == 1
     }
-    return folder.resolve().name, classes, target, given
+    return classes, target, given
 
 
 def _is_class(path: Path) -> bool:
@@ -195,6 +236,9 @@ def _list(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     if unknown:
         raise DataError(f"{folder / unknown[0]} is a class that the training images lack")
     found, ignored = [], []
+    for link in (f for f in folder.rglob("*") if f.is_symlink() and f.is_dir()):
+        if link.parent != folder:
+            log.warning("%s is a link to a folder inside of a class: it is left out", link)
     for label, name in enumerate(classes):
         files = sorted(f for f in (folder / name).rglob("*") if not f.is_dir() and f.name[0] != ".")
         chosen = [f for f in files if f.suffix.lower() in _SUFFIXES]
@@ -237,12 +281,15 @@ def _read(
     files: Sequence[tuple[Path, int]], target: Target, skip: bool, track: Track, doing: str
 ) -> Split:
     inputs = np.empty((len(files), *target.shape), np.uint8)
+    identities = [b""] * len(files)
     errors: dict[int, str] = {}
 
     def read(position: int) -> None:
         file = files[position][0]
         try:
-            inputs[position] = images.decode(file.read_bytes(), target)
+            data = file.read_bytes()
+            inputs[position] = images.decode(data, target)
+            identities[position] = hashlib.sha256(images.decode(data, _IDENTITY).tobytes()).digest()
         except (InvalidImage, OSError) as error:
             errors[position] = f"{file}: {error}"
 
@@ -250,7 +297,7 @@ def _read(
         for _ in track(pool.map(read, range(len(files))), doing, len(files)):
             pass
     labels = np.array([label for _, label in files], np.int64)
-    split = Split(inputs, labels, tuple(file for file, _ in files))
+    split = Split(inputs, labels, tuple(file for file, _ in files), tuple(identities))
     if not errors:
         return split
     listed = "\n  ".join(errors[position] for position in sorted(errors)[:10])

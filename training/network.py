@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from service.images import Pixels
 from training.data import Dataset
 from training.settings import TrainingSettings
 
@@ -15,8 +16,7 @@ def basic(data: Dataset, settings: TrainingSettings) -> keras.Model:
     """
     layers = keras.layers
     height, width, _ = data.target.shape
-    mean = data.train.inputs.mean(axis=(0, 1, 2), dtype=np.float64)
-    deviation = data.train.inputs.std(axis=(0, 1, 2), dtype=np.float64) + 1e-3
+    mean, deviation = _moments(data.train.inputs)
     first, second = settings.filters
     return keras.Sequential(
         [
@@ -40,13 +40,32 @@ def basic(data: Dataset, settings: TrainingSettings) -> keras.Model:
 
 def augmentation(settings: TrainingSettings, height: int, width: int) -> list[keras.Layer]:
     """What is done to training images on the fly. Elsewhere these layers pass images through."""
-    layers, seed = keras.layers, settings.seed
+    layers = keras.layers
     shifts = (settings.shift / height, settings.shift / width)
+    # A seed for each: with the same one, what is flipped would always be moved the same way.
+    flip, shift, rotate, zoom = range(4 * settings.seed, 4 * settings.seed + 4)
     chosen = [
-        settings.flip and layers.RandomFlip("horizontal", seed=seed),
-        settings.shift and layers.RandomTranslation(*shifts, fill_mode="nearest", seed=seed),
+        settings.flip and layers.RandomFlip("horizontal", seed=flip),
+        settings.shift and layers.RandomTranslation(*shifts, fill_mode="nearest", seed=shift),
         settings.rotate
-        and layers.RandomRotation(settings.rotate / 360, fill_mode="nearest", seed=seed),
-        settings.zoom and layers.RandomZoom(settings.zoom, fill_mode="nearest", seed=seed),
+        and layers.RandomRotation(settings.rotate / 360, fill_mode="nearest", seed=rotate),
+        settings.zoom and layers.RandomZoom(settings.zoom, fill_mode="nearest", seed=zoom),
     ]
     return [layer for layer in chosen if layer]
+
+
+def _moments(images: Pixels) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel of uint8 `[N, H, W, C]`."""
+    # From how often each value occurs: floats of all pixels would take eight times their memory.
+    values = np.arange(256)
+    counts = np.stack([_histogram(images, channel) for channel in range(images.shape[-1])])
+    weights = counts / counts.sum(axis=1, keepdims=True)
+    mean = weights @ values
+    return mean, np.sqrt(weights @ values**2 - mean**2) + 1e-3
+
+
+def _histogram(images: Pixels, channel: int) -> np.ndarray:
+    counts = np.zeros(256, np.int64)
+    for start in range(0, len(images), 256):
+        counts += np.bincount(images[start : start + 256, ..., channel].ravel(), minlength=256)
+    return counts

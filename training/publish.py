@@ -10,7 +10,7 @@ from service.bundle import Parity, Scores
 from service.errors import BrokenVersion, ConvoyError
 from service.model import Model
 from training.data import Dataset
-from training.evaluate import score
+from training.evaluate import answers, score_answers
 from training.settings import TrainingSettings
 
 # On fewer test images than this, all of them right is no reason to wonder.
@@ -39,27 +39,33 @@ class GateClosed(ConvoyError):
 
 @dataclass(frozen=True)
 class Check:
-    """One condition of the gate, as it is shown to a person."""
+    """One condition of the gate, as it is shown to a person.
+
+    What is `suspicious` passes, but should be looked at.
+    """
 
     name: str
     value: str
     wanted: str
     passed: bool
+    suspicious: bool = False
 
 
 @dataclass(frozen=True)
 class Serving:
-    """The version that a candidate has to live up to, and its scores on the candidate's test."""
+    """The version that a candidate has to live up to: its scores on the candidate's test images, or
+    None and the `reason` why it can't be compared.
+    """
 
     version: int
-    scores: Scores
+    scores: Scores | None
+    reason: str = ""
 
 
 def serving_version(model: Path, data: Dataset) -> Serving | None:
-    """What now serves from the folder `model`, scored on `data`'s test images; None for nothing.
+    """What serves from the folder `model`: the newest version that proves itself; None for nothing.
 
-    Versions that are damaged, or have other classes or another input size, can't be compared: they
-    are passed over, as they can't have learned the same task.
+    It is scored on the same test images, brought to the size that it takes.
     """
     for version in reversed(bundles.versions(model)):
         try:
@@ -67,15 +73,25 @@ def serving_version(model: Path, data: Dataset) -> Serving | None:
             loaded = Model.load(bundle, device="cpu")
         except BrokenVersion:
             continue
-        if tuple(bundle.manifest.labels) == data.classes and loaded.shape == data.target.shape:
-            return Serving(version, score(loaded.run, data.test))
+        labels = bundle.manifest.labels
+        if sorted(labels) != sorted(data.classes):
+            return Serving(version, None, f"its classes are {', '.join(labels)}")
+        order = [labels.index(name) for name in data.classes]
+        given = answers(loaded.run, data.test.at(bundle.manifest.pixels))
+        return Serving(version, score_answers(given[:, order], data.test.labels))
     return None
 
 
 def gate(
-    scores: Scores, parity: Parity, serving: Serving | None, settings: TrainingSettings
+    scores: Scores,
+    parity: Parity,
+    serving: Serving | None,
+    settings: TrainingSettings,
+    guessing: float = 0.0,
 ) -> list[Check]:
     """Every check of the gate, all of them made whatever the first ones say.
+
+    `guessing` is the accuracy of always naming the most frequent class of the test images.
 
     A comparison with NaN is False, so that a figure that is no number fails its check.
     """
@@ -88,10 +104,17 @@ def gate(
             scores.accuracy >= settings.min_accuracy,
         ),
         Check(
+            "better than guessing",
+            f"{scores.accuracy:.4f}",
+            f"over {guessing:.4f}, the share of the most frequent class",
+            scores.accuracy > guessing,
+        ),
+        Check(
             "accuracy is plausible",
             f"{scores.correct} of {scores.images} right",
-            "not all: then the test may be among the trained images",
-            not suspicious,
+            "not every one: are test images among the trained, does something give the class away?",
+            True,
+            suspicious,
         ),
         Check(
             "parity",
@@ -106,7 +129,20 @@ def gate(
             parity.label_agreement >= settings.min_agreement,
         ),
     ]
-    if serving:
+    if serving and not settings.compare:
+        checks.append(
+            Check(f"compared with version {serving.version}", "no", "--no-compare", True, True)
+        )
+    elif serving and not serving.scores:
+        checks.append(
+            Check(
+                f"comparable with version {serving.version}",
+                f"no: {serving.reason}",
+                "the same classes; --no-compare publishes all the same",
+                False,
+            )
+        )
+    elif serving and serving.scores:
         floor = serving.scores.accuracy - settings.max_regression
         checks.append(
             Check(

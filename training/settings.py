@@ -9,8 +9,15 @@ from cyclopts.validators import Number
 
 RECIPES = Path(__file__).parent / "recipes"
 
+
+def _two_poolings_fit(_: object, side: int) -> None:
+    if 0 < side < 4:
+        raise ValueError("Must be 4 or more, or 0 to have it chosen.")
+
+
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
-CountOrAuto = Annotated[int, Parameter(validator=Number(gte=0))]
+Batch = Annotated[int, Parameter(validator=Number(gte=1, lte=4096))]
+SideOrAuto = Annotated[int, Parameter(validator=(Number(gte=0, lte=4096), _two_poolings_fit))]
 Amount = Annotated[float, Parameter(validator=Number(gte=0))]
 Positive = Annotated[float, Parameter(validator=Number(gt=0))]
 Share = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]
@@ -31,7 +38,7 @@ class TrainingSettings:
     """Folder of models to publish into."""
 
     name: str = ""
-    """Name of the model. Default: that of the data."""
+    """Name of the model. Default: that of the data, with - for what no name can have."""
 
     seed: int = 0
     """Decides the first weights, the order of images and what is done to them."""
@@ -49,7 +56,7 @@ class TrainingSettings:
     skip_unreadable: bool = False
     """Leave out files that can't be read as images, in place of stopping."""
 
-    image_size: CountOrAuto = 0
+    image_size: SideOrAuto = 0
     """Height and width that images are brought to; 0 takes the median side of the data, at most
     128, rounded to a multiple of 8."""
 
@@ -98,7 +105,7 @@ class TrainingSettings:
     flip: bool = False
     """Training images are mirrored left to right half of the time."""
 
-    max_batch_size: Count = 64
+    max_batch_size: Batch = 64
     """Largest batch that the published version is served in."""
 
     min_accuracy: Floor = 0.0
@@ -112,6 +119,10 @@ class TrainingSettings:
 
     max_regression: Floor = 0.0
     """Gate: how much less accurate than the version that serves it may be, on the same images."""
+
+    compare: bool = True
+    """Gate: compare with the version that serves. --no-compare publishes without, as when the classes
+    are meant to be others than before."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +149,11 @@ class AddSettings:
     softmax: bool = False
     """The model gives logits: build the softmax in."""
 
-    image_size: CountOrAuto = 0
+    image_size: SideOrAuto = 0
     """Height and width, where the file leaves them open."""
 
     resize: Literal["stretch", "crop"] = "stretch"
     """How images of another shape are brought to size."""
 
-    max_batch_size: Count = 64
+    max_batch_size: Batch = 64
     """Largest batch that it is served in, where the file leaves the batch axis open."""

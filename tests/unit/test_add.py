@@ -286,6 +286,14 @@ def test_labels_that_do_not_fit_are_refused(
     assert not (tmp_path / "models").exists()
 
 
+def test_the_mark_that_some_editors_begin_a_file_with_is_no_part_of_a_label(
+    tmp_path: Path, publish: Publish
+) -> None:
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\ndog\nant\n")
+    bundle = publish(classifier(), labels=tmp_path / "labels.txt")
+    assert bundle.manifest.labels == ["cat", "dog", "ant"]
+
+
 # What is refused.
 
 
@@ -382,6 +390,13 @@ REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "two inputs": (two_inputs(), SCALED, "has 2 inputs and 1 outputs"),
     "two outputs": (two_outputs(), SCALED, "has 1 inputs and 2 outputs"),
     "logits": (classifier(with_softmax=False), {}, "no probabilities .*add --softmax"),
+    "a softmax twice": (
+        classifier(),
+        {"softmax": True},
+        "gives probabilities already: leave --softmax out",
+    ),
+    "a single class": (classifier(classes=1), {}, "has a single output"),
+    "a scale of 0": (classifier(kind=F32), {"scale": (0.0,)}, "the same answer: check --scale"),
     "sums above 1": (classifier(added=0.1), {}, r"adds up to 1\.3"),
     "NaN": (classifier(added=np.nan), {}, "gives NaN or infinity"),
     "infinities of both signs": (infinities(), SCALED, "gives NaN or infinity"),

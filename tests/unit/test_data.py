@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from service import images
+from service.errors import ConvoyError
 from service.images import Target
 from training import data as datasets
-from training.data import DataError, Dataset, Split
+from training.data import DataError, Dataset, Split, model_name
 from training.settings import TrainingSettings
 
 
@@ -379,3 +380,40 @@ def test_one_half_of_given_splits_is_not_taken_for_a_class(missing: str, pets: P
     shutil.copytree(pets, folder / "val")
     with pytest.raises(DataError, match="only one of train/ and test/"):
         load(folder)
+
+
+def test_the_cut_stays_where_the_size_or_the_channels_change(pets: Path) -> None:
+    """Else the next version would be held against this one on images that this one has learned."""
+    small, large = load(pets, image_size=8), load(pets, image_size=24, channels=1, resize="crop")
+    for split in ("train", "validation", "test"):
+        assert names(getattr(small, split)) == names(getattr(large, split))
+
+
+def test_copies_of_given_test_images_are_not_trained_on(
+    pets: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = pets.parent / "split"
+    shutil.copytree(pets, folder / "train")
+    for kind in ("cat", "dog"):
+        (folder / "test" / kind).mkdir(parents=True)
+        for file in sorted((pets / kind).iterdir())[:5]:
+            shutil.copy(file, folder / "test" / kind / f"copy {file.name}")
+    data = load(folder)
+    assert len(data.train) + len(data.validation) == 80 - 10
+    assert rows(data.test).isdisjoint(rows(data.train) | rows(data.validation))
+    assert "10 training images are test images too" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("my photos", "my-photos"), ("Chats & chiens (2)", "Chats-chiens-2")]
+)
+def test_a_model_is_named_by_its_folder_as_far_as_names_go(folder: str, name: str) -> None:
+    assert model_name(TrainingSettings(data=f"somewhere/{folder}")) == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"data": "/"}, "--name"), ({"name": "a b"}, "can't name a model")]
+)
+def test_what_makes_no_name_is_said(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConvoyError, match=words):
+        model_name(TrainingSettings(**settings))
