@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -177,11 +177,11 @@ def _given(settings: TrainingSettings, track: Track, wanted: Sequence[str]) -> _
     """Classes, size and splits of the data, those of `wanted` that they come with."""
     folder = Path(settings.data)
     if settings.data == "digits" and not folder.exists():
-        return _digits()
+        return _digits(settings)
     return _folder(folder, settings, track, wanted)
 
 
-def _digits() -> _Given:
+def _digits(settings: TrainingSettings) -> _Given:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
@@ -193,7 +193,9 @@ def _digits() -> _Given:
     inputs = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
     classes = tuple(str(digit) for digit in bunch.target_names)
     split = Split(inputs, bunch.target.astype(np.int64))
-    return classes, Target(8, 8, 1), {"train": split}
+    size = settings.image_size or 8
+    target = Target(size, size, int(settings.channels) or 1, settings.resize)
+    return classes, target, {"train": replace(split, inputs=split.at(target))}
 
 
 def _folder(

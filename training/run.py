@@ -120,7 +120,7 @@ def run(settings: TrainingSettings, console: Console) -> Bundle:
     # From the look at what serves to the rename: of two runs, the later is held against the earlier.
     with bundles.exclusive(folder):
         serving = serving_version(folder, data)
-        guessing = np.bincount(data.test.labels).max() / len(data.test)
+        guessing = float(np.bincount(data.test.labels).max() / len(data.test))
         checks = gate(scores, parity, serving, settings, guessing)
         console.print(gate_table(checks))
         if not all(check.passed for check in checks):
