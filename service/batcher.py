@@ -147,7 +147,7 @@ class Batcher:
             self._on_bug(bug)
 
     def _take(self) -> tuple[list[_Slice], list[_Request]]:
-        """The next batch, oldest first, and the requests whose deadline has passed."""
+        """The next batch, oldest first but for the rest of large ones, and the requests whose deadline has passed."""
         batch: list[_Slice] = []
         late: list[_Request] = []
         room, now = self._max, time.monotonic()
@@ -164,6 +164,9 @@ class Batcher:
                 batch.append(_Slice(request, start, request.taken))
                 if request.taken == len(request.rows):
                     self._waiting.popleft()
+                # It had a whole batch and wants more: those who wait already go first.
+                elif request.taken - start == self._max:
+                    self._waiting.rotate(-1)
         return batch, late
 
     def _run_batch(self, batch: list[_Slice]) -> None:

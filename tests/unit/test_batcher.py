@@ -139,6 +139,26 @@ def test_batches_are_filled_across_requests_oldest_first() -> None:
         assert np.array_equal(answer(futures[1]).outputs, outputs(3, 4, 5))
 
 
+def test_those_who_wait_go_before_the_rest_of_a_large_request() -> None:
+    device = Device()
+    with closing(Batcher(device, (4,), MAX)) as batcher:
+        occupied(batcher, device)
+        large = batcher.submit(rows(*range(16)))
+        futures = [batcher.submit(rows(50)), batcher.submit(rows(*range(60, 65)))]
+        device.open()
+        assert [end(future) for future in futures] == [None] * 2
+        assert np.array_equal(answer(large).outputs, outputs(*range(16)))
+    assert device.batches == [
+        [1000],
+        [0, 1, 2, 3],
+        [50, 60, 61, 62],
+        [63, 64, 4, 5],
+        [6, 7, 8, 9],
+        [10, 11, 12, 13],
+        [14, 15],
+    ]
+
+
 def test_rows_need_not_be_contiguous() -> None:
     device = Device()
     device.open()
