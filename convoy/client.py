@@ -24,6 +24,8 @@ _CALLS = 4
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # A call that is larger than this is not tried again; gRPC's own would be 256 KiB.
+    ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),
     # gRPC's own would leave calls failing for minutes after a server is back; with these, the
     # retries below reach it.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -131,8 +133,10 @@ class Classifier:
         timeout_s: float = 30.0,
     ) -> None:
         """`model` may be empty where the server has one only; `version` 0 is the one that serves;
-        `timeout_s` is each call's deadline.
+        `timeout_s` is each call's deadline. Raises ValueError for a version that can't be; so do
+        the calls for such a `top_k`.
         """
+        _check("version", version, 0, 2**63)
         self._target, self._model, self._version = target, model, version
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(target, options=_OPTIONS)
@@ -159,6 +163,7 @@ class Classifier:
 
         An image that fails has its `error` set. Raises ClassifierError where a whole call fails.
         """
+        _check("top_k", top_k, 1, 2**31)
         calls: deque[tuple[_Chunk, Any]] = deque()
         try:
             for chunk in _chunks(images):
@@ -225,6 +230,7 @@ class AsyncClassifier:
         version: int = 0,
         timeout_s: float = 30.0,
     ) -> None:
+        _check("version", version, 0, 2**63)
         self._target, self._model, self._version = target, model, version
         self._timeout_s = timeout_s
         self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
@@ -251,6 +257,7 @@ class AsyncClassifier:
         self, images: Iterable[ImageLike], top_k: int = 1
     ) -> AsyncIterator[Prediction]:
         """One prediction for each image, in order; see `Classifier.classify_many`."""
+        _check("top_k", top_k, 1, 2**31)
         calls: deque[asyncio.Task[list[Prediction]]] = deque()
         try:
             for chunk in _chunks(images):
@@ -366,6 +373,11 @@ def _chunks(images: Iterable[ImageLike]) -> Iterator[_Chunk]:
             chunk = _Chunk()
     if len(chunk):
         yield chunk
+
+
+def _check(name: str, value: int, least: int, limit: int) -> None:
+    if not least <= value < limit:
+        raise ValueError(f"{name} is {value}: it must be at least {least}, and less than {limit}")
 
 
 def _message(image: ImageLike) -> pb.Image | ClassifierError:

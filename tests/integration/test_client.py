@@ -238,9 +238,28 @@ def flaky(code: grpc.StatusCode, refusals: int) -> Iterator[str]:
 
 @both_one
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"])
-def test_a_refused_call_is_tried_again(code: str, classify: Callable[..., Prediction]) -> None:
+@pytest.mark.parametrize("size", [0, 3_000_000])
+def test_a_refused_call_is_tried_again(
+    code: str, classify: Callable[..., Prediction], size: int
+) -> None:
     with flaky(grpc.StatusCode[code], refusals=2) as target:
-        assert classify(target, b"").label == "fine"
+        assert classify(target, bytes(size)).label == "fine"
+
+
+@both_one
+@pytest.mark.parametrize("version", [-1, 10**23])
+def test_a_version_that_cannot_be_is_a_value_error(
+    classify: Callable[..., Prediction], version: int
+) -> None:
+    with pytest.raises(ValueError, match=f"version is {version}"):
+        classify("127.0.0.1:1", b"", version=version)
+
+
+@both_many
+@pytest.mark.parametrize("top_k", [-1, 0, 2**31])
+def test_a_top_k_that_cannot_be_is_a_value_error(classify_many: Many, top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"top_k is {top_k}"):
+        classify_many("127.0.0.1:1", [b""], top_k)
 
 
 @both_one
