@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import os
+import re
+import signal
 import sys
+import tomllib
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from cyclopts import App, Parameter, config
 
 from service.errors import ConvoyError
-from service.settings import Settings, default_models
+from service.settings import Labels, Positive, Settings, Version, default_models
 from training.settings import RECIPES, AddSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -24,6 +27,13 @@ if TYPE_CHECKING:
 
 DEFAULT_SERVER = "localhost:8001"
 _PREFIX = "CONVOY_"
+# Kubernetes sets these for every Service that is called convoy or convoy-something: without this,
+# nothing would start beside one. Names that are settings, too, are told by the value.
+_SERVICE_LINK = re.compile(
+    r"CONVOY_(\w+_)?("
+    r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
+    r"|PORT=(tcp|udp|sctp)://.*)"
+)
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
@@ -39,7 +49,11 @@ def _recipe(root: App, commands: tuple[str, ...], arguments: "ArgumentCollection
     if not path.is_file():
         known = ", ".join(sorted(f.stem for f in RECIPES.glob("*.toml")))
         raise ConvoyError(f"no recipe {recipe!r}: there is {known}, or give a TOML file")
-    config.Toml(path, use_commands_as_keys=False)(root, commands, arguments)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConvoyError(f"{path}: {error}") from error
+    config.Dict(values, use_commands_as_keys=False, source=str(path))(root, commands, arguments)
 
 
 app = App(
@@ -70,9 +84,9 @@ def classify(
     *paths: Path,
     server: str = DEFAULT_SERVER,
     model: str = "",
-    version: int = 0,
-    top_k: int = 1,
-    timeout_s: float = 30.0,
+    version: Version = 0,
+    top_k: Labels = 1,
+    timeout_s: Positive = 30.0,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
     """Print the labels of images, as a running server sees them.
@@ -119,7 +133,9 @@ def _image_files(paths: "Iterable[Path]") -> "Iterator[Path]":
     found = False
     for path in paths:
         if path.is_dir():
-            inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in _IMAGES)
+            inside = sorted(
+                f for f in path.rglob("*") if f.suffix.lower() in _IMAGES and f.is_file()
+            )
             if not inside:
                 raise ConvoyError(f"{path} has no images ({', '.join(sorted(_IMAGES))})")
             yield from inside
@@ -274,7 +290,7 @@ def evaluate(
     data: str = "digits",
     models: Path | None = None,
     name: str = "",
-    version: int = 0,
+    version: Version = 0,
     server: str = "",
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
@@ -329,13 +345,18 @@ def evaluate(
 
 
 def _check_environment() -> None:
-    """Raises ConvoyError for a CONVOY_* variable that is no setting: a typing error, else unnoticed."""
+    """Raises ConvoyError for a CONVOY_* variable that is no setting: a typing error, else unnoticed.
+
+    Forgets those that Kubernetes sets.
+    """
     known = {
         field.name for kind in (Settings, TrainingSettings, AddSettings) for field in fields(kind)
     }
     known |= {"server", "model", "version", "top_k", "timeout_s", "json"}
-    for name in os.environ:
-        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX).lower() not in known:
+    for name, value in list(os.environ.items()):
+        if _SERVICE_LINK.fullmatch(f"{name}={value}"):
+            del os.environ[name]
+        elif name.startswith(_PREFIX) and name.removeprefix(_PREFIX).lower() not in known:
             raise ConvoyError(
                 f"the environment has {name}, which is no setting: see `convoy serve --help`"
             )
@@ -350,11 +371,17 @@ def main() -> None:
     """Runs the command line; exits with its status."""
     try:
         _check_environment()
-        raise SystemExit(app(result_action="return_value") or 0)
+        status = app(result_action="return_value") or 0
+        sys.stdout.flush()
+        raise SystemExit(status)
     except ConvoyError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    # Who read our output, such as `head`, has enough. Python would flush once more as it ends.
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 if __name__ == "__main__":

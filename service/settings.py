@@ -16,6 +16,9 @@ Count = Annotated[int, Parameter(validator=Number(gte=1))]
 CountOrAuto = Annotated[int, Parameter(validator=Number(gte=0))]
 Positive = Annotated[float, Parameter(validator=Number(gt=0))]
 Seconds = Annotated[float, Parameter(validator=Number(gte=0))]
+# A protobuf uint32 and uint64 hold these and more; so many labels or versions nobody has.
+Labels = Annotated[int, Parameter(validator=Number(gte=1, lt=2**31))]
+Version = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
 Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
 
 

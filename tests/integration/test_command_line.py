@@ -1,4 +1,5 @@
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from protos import classifier_pb2 as pb
 from service.bundle import Golden
-from tests.conftest import REPOSITORY, Server, convoy, environment
+from tests.conftest import REPOSITORY, TIMEOUT_S, Server, convoy, environment
 from tests.integration.conftest import classifier_on
 from tests.integration.models import add_colours, flip_a_byte
 from tests.integration.pictures import encode, raw, solid
@@ -26,6 +27,7 @@ def pictures(tmp_path: Path, digits: Golden) -> Path:
         options = {"lossless": True} if kind == "WEBP" else {}
         (folder / name).write_bytes(encode(digits.pixels[digit], kind, **options))
     (folder / "notes.txt").write_text("not asked about")
+    (folder / "folder.png").mkdir()
     return folder
 
 
@@ -74,6 +76,19 @@ def test_classify_fails_if_an_image_did_but_answers_the_others(
         assert [line.split()[1] for line in lines] == ["0", "ERROR", "ERROR", "1"]
 
 
+def test_classify_ends_quietly_where_nobody_reads_on(shipped: Server, pictures: Path) -> None:
+    command = [sys.executable, "-m", "convoy", "classify", str(pictures)]
+    command += ["--server", shipped.target]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        process.stdout.close()
+        assert process.stderr
+        assert process.stderr.read() == ""
+        assert process.wait(TIMEOUT_S) == 128 + signal.SIGPIPE
+
+
 def test_classify_names_the_model_where_there_are_several(server: Server, pictures: Path) -> None:
     arguments = ["classify", str(pictures / "0.png"), "--server", server.target]
     assert convoy(*arguments, "--model", "digits").stdout.split()[1] == "0"
@@ -90,6 +105,12 @@ def test_classify_names_the_model_where_there_are_several(server: Server, pictur
         (["classify", "."], "has no images"),
         (["classify", "a.png", "--top", "3"], "--top"),
         (["classify", "a.png", "--top-k", "many"], "many"),
+        (["classify", "a.png", "--top-k", "-1"], "--top-k"),
+        (["classify", "a.png", "--top-k", str(10**23)], "--top-k"),
+        (["classify", "a.png", "--version", "-1"], "--version"),
+        (["classify", "a.png", "--version", str(10**23)], "--version"),
+        (["classify", "a.png", "--timeout-s", "-1"], "--timeout-s"),
+        (["evaluate", "--version", "-1"], "--version"),
         (["serve", "--device", "tpu"], "cuda"),
         (["train", "--recipe", "nobody's"], "digits"),
         (["make-coffee"], "make-coffee"),
@@ -174,6 +195,31 @@ def test_a_variable_that_is_no_setting_is_an_error() -> None:
     result = convoy("models", CONVOY_MAX_BATCH_DELAY="3")
     assert result.returncode == 1
     assert "CONVOY_MAX_BATCH_DELAY, which is no setting" in result.stderr
+
+
+def test_variables_that_kubernetes_sets_are_no_settings(tmp_path: Path) -> None:
+    # For Services that are called convoy, convoy-metrics and convoy-2.
+    links = {
+        "CONVOY_SERVICE_HOST": "10.0.0.1",
+        "CONVOY_SERVICE_PORT": "8001",
+        "CONVOY_SERVICE_PORT_GRPC": "8001",
+        "CONVOY_PORT": "tcp://10.0.0.1:8001",
+        "CONVOY_PORT_8001_TCP": "tcp://10.0.0.1:8001",
+        "CONVOY_PORT_8001_TCP_ADDR": "10.0.0.1",
+        "CONVOY_PORT_8001_TCP_PORT": "8001",
+        "CONVOY_PORT_8001_TCP_PROTO": "tcp",
+        "CONVOY_METRICS_SERVICE_HOST": "10.0.0.2",
+        "CONVOY_METRICS_PORT": "tcp://10.0.0.2:8002",
+        "CONVOY_METRICS_PORT_8002_TCP_ADDR": "10.0.0.2",
+        "CONVOY_2_PORT": "tcp://10.0.0.3:8001",
+    }
+    assert convoy("--help", cwd=tmp_path, **links).returncode == 0
+    arguments = ["serve", "--models", str(tmp_path), "--metrics-port", "0"]
+    served = convoy(*arguments, cwd=tmp_path, **links)
+    assert f"no models in {tmp_path}" in served.stderr
+    wrong = convoy("serve", cwd=tmp_path, **{**links, "CONVOY_PORT": "nine"})
+    assert wrong.returncode != 0
+    assert "nine" in wrong.stdout + wrong.stderr
 
 
 def test_a_variable_sets_what_no_flag_does(models: Path, tmp_path: Path) -> None:
