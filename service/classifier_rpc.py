@@ -42,6 +42,7 @@ class ClassifierRpc:
         call.model = served.name
         if not request.images:
             raise InvalidRequest("the request has no images: send at least one")
+        served.check_count(len(request.images))
         decoded, decode_s = await served.decode([_input(image) for image in request.images])
         readable = [item for item in decoded if not isinstance(item, InvalidImage)]
         answer: Answer | None = None
@@ -105,6 +106,10 @@ def _input(image: pb.Image) -> bytes | Pixels | InvalidImage:
         return InvalidImage("the image has neither `encoded` nor `pixels`: set one of them")
     pixels = image.pixels
     shape = (pixels.height, pixels.width, pixels.channels)
+    if 0 in shape:
+        return InvalidImage(
+            f"pixels of shape {list(shape)}: height, width and channels must be at least 1"
+        )
     if pixels.height * pixels.width * pixels.channels != len(pixels.data):
         return InvalidImage(
             f"the pixels have {len(pixels.data)} bytes, but height x width x channels is "

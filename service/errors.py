@@ -1,4 +1,4 @@
-"""What can go wrong, in the service's own words. Status codes are given to these in `server`."""
+"""What can go wrong, in the service's own words. Status codes are given to these in `front`."""
 
 
 class ConvoyError(Exception):

@@ -5,8 +5,10 @@ https://github.com/kserve/open-inference-protocol. A model's one input takes UIN
 `[N, classes]`. Raw contents are answered with raw contents, typed ones with typed ones.
 """
 
+import asyncio
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 import grpc
@@ -22,6 +24,12 @@ from service.images import Pixels
 from service.repository import Repository, Served
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+
+
+_VERSION = re.compile(r"[0-9]{1,18}")
+
+# Typed values that become Python's at once: nothing else runs meanwhile.
+_TYPED_VALUES = 65_536
 
 
 class InferenceRpc:
@@ -93,7 +101,11 @@ class InferenceRpc:
         served = self._get(request.model_name, request.model_version)
         call.model = served.name
         _check_outputs(request, served)
-        inputs = _read_input(request, served)
+        # Typed pixels become Python's integers on their way: that may take seconds.
+        if any(len(each.contents.uint_contents) > _TYPED_VALUES for each in request.inputs):
+            inputs = await asyncio.to_thread(_read_input, request, served)
+        else:
+            inputs = _read_input(request, served)
         if isinstance(inputs, list):
             decoded, _ = await served.decode(inputs)
             for number, item in enumerate(decoded):
@@ -104,7 +116,7 @@ class InferenceRpc:
         return _respond(request, served, answer)
 
     def _get(self, name: str, version: str) -> Served:
-        if version and not version.isdecimal():
+        if version and not _VERSION.fullmatch(version):
             raise UnknownModel(f"version {version!r} is no version: versions are positive integers")
         return self._repository.get(name, int(version or 0))
 
@@ -143,7 +155,8 @@ def _read_input(request: pb.ModelInferRequest, served: Served) -> Pixels | list[
             raise InvalidRequest(
                 f"input {name!r}: BYTES of shape {given}; expected [N], N at least 1"
             )
-        images = _read_bytes(raw[0]) if raw else list(tensor.contents.bytes_contents)
+        served.check_count(given[0])
+        images = _read_bytes(raw[0], given[0]) if raw else tensor.contents.bytes_contents
         if len(images) != given[0]:
             raise InvalidRequest(f"input {name!r}: {len(images)} elements for shape {given}")
         return list(images)
@@ -152,23 +165,30 @@ def _read_input(request: pb.ModelInferRequest, served: Served) -> Pixels | list[
         raise InvalidRequest(f"input {name!r}: datatype {tensor.datatype!r}; expected {expected}")
     if len(given) != 4 or tuple(given[1:]) != shape or given[0] < 1:
         raise InvalidRequest(f"input {name!r}: shape {given}; expected {expected}, N at least 1")
-    if raw:
-        pixels = np.frombuffer(raw[0], np.uint8)
-    else:
-        values = np.asarray(tensor.contents.uint_contents, np.uint32)
-        if values.size and values.max() > 255:
-            raise InvalidRequest(f"input {name!r}: {values.max()} is no UINT8 value")
-        pixels = values.astype(np.uint8)
+    served.check_count(given[0])
+    values = raw[0] if raw else tensor.contents.uint_contents
     count = given[0] * shape[0] * shape[1] * shape[2]
-    if pixels.size != count:
-        raise InvalidRequest(f"input {name!r}: {pixels.size} values, but shape {given} has {count}")
-    return pixels.reshape(given)
+    if len(values) != count:
+        raise InvalidRequest(f"input {name!r}: {len(values)} values, but shape {given} has {count}")
+    return np.frombuffer(raw[0] if raw else _read_typed(name, values), np.uint8).reshape(given)
 
 
-def _read_bytes(raw: bytes) -> list[bytes]:
+def _read_typed(name: str, values: Sequence[int]) -> bytes:
+    pixels = bytearray()
+    for start in range(0, len(values), _TYPED_VALUES):
+        part = values[start : start + _TYPED_VALUES]
+        if max(part) > 255:
+            raise InvalidRequest(f"input {name!r}: {max(part)} is no UINT8 value")
+        pixels += bytes(part)
+    return bytes(pixels)
+
+
+def _read_bytes(raw: bytes, count: int) -> list[bytes]:
     elements: list[bytes] = []
     position = 0
     while position < len(raw):
+        if len(elements) == count:
+            raise InvalidRequest(f"raw BYTES: more than the {count} elements of the shape")
         if position + 4 > len(raw):
             raise InvalidRequest(f"raw BYTES end within the length of element {len(elements)}")
         (length,) = struct.unpack_from("<I", raw, position)

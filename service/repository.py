@@ -57,18 +57,21 @@ class Served:
     def _record(self, batch: Batch) -> None:
         self._metrics.batch(self.name, batch.rows, batch.run_s, batch.failed)
 
+    def check_count(self, images: int) -> None:
+        """Raises InvalidRequest where these are too many for one request."""
+        if images > self._settings.max_images:
+            raise InvalidRequest(
+                f"{images} images in one request, the limit is {self._settings.max_images}: "
+                "send several requests, or a stream"
+            )
+
     async def decode(
         self, inputs: Sequence[bytes | Pixels | InvalidImage]
     ) -> tuple[list[Pixels | InvalidImage], float]:
         """Each input as uint8 `[H, W, C]` pixels of the model's size, or why it can't be read; and
         the seconds until the last was done. Encoded images and pixels may be mixed; one that is
-        known to be invalid stays so. Raises InvalidRequest where they are too many.
+        known to be invalid stays so.
         """
-        if len(inputs) > self._settings.max_images:
-            raise InvalidRequest(
-                f"{len(inputs)} images in one request, the limit is {self._settings.max_images}: "
-                "send several requests, or a stream"
-            )
         began = time.monotonic()
         loop, target = asyncio.get_running_loop(), self.manifest.pixels
 
@@ -139,14 +142,21 @@ class Repository:
         settings: Settings,
         metrics: Metrics,
         on_bug: Callable[[BaseException], None] = lambda bug: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Loads every model. Raises BrokenVersion where none at all can be served."""
+        """Loads every model, or those before `stopping`. Raises BrokenVersion where none at all can
+        be served.
+        """
         self.folder = folder
         self._settings, self._metrics, self._on_bug = settings, metrics, on_bug
         self._decoders = ThreadPoolExecutor(
             settings.decode_threads or usable_cores(), thread_name_prefix="decode"
         )
-        self._entries = {name: self._load(name) for name in bundles.names(folder)}
+        self._entries: dict[str, Entry] = {}
+        for name in bundles.names(folder):
+            if stopping():
+                return
+            self._entries[name] = self._load(name)
         if not self._entries:
             raise BrokenVersion(
                 f"no models in {folder}: train one with `convoy train --models {folder}`, "
@@ -155,6 +165,20 @@ class Repository:
         if not any(entry.served for entry in self._entries.values()):
             reasons = "; ".join(entry.reason for entry in self._entries.values())
             raise BrokenVersion(f"no model in {folder} can be served: {reasons}")
+        # Links too: one that leads nowhere is no folder.
+        ignored = sorted(
+            each.name
+            for each in folder.iterdir()
+            if (each.is_dir() or each.is_symlink())
+            and each.name not in self._entries
+            and not each.name.startswith(".")
+        )
+        if ignored:
+            log.warning(
+                "not taken for models: %s; a model is a folder with a folder for each version in it "
+                "(1, 2, ...), named by letters, digits, '.', '_' and '-'",
+                ", ".join(map(repr, ignored)),
+            )
 
     def _load(self, name: str) -> Entry:
         reasons: list[str] = []
@@ -162,20 +186,22 @@ class Repository:
             try:
                 bundle = bundles.read(self.folder / name / str(version))
                 model = Model.load(bundle, self._settings.device, self._settings.run_threads)
-            except BrokenVersion as error:
-                log.error("%s/%d is not served: %s", name, version, error)
-                reasons.append(str(error))
+                served = Served(
+                    bundle,
+                    model,
+                    self._decoders,
+                    self._metrics,
+                    self._settings,
+                    self._on_bug,
+                )
+            # Whatever is wrong with one version, the others and the other models can be served.
+            except Exception as error:
+                unforeseen = None if isinstance(error, BrokenVersion) else error
+                log.error("%s/%d is not served: %s", name, version, error, exc_info=unforeseen)
+                reasons.append(str(error) or repr(error))
                 continue
             self._metrics.serving(name, version, bundle.sha256, model.device)
             self._metrics.broken_versions(name, len(reasons))
-            served = Served(
-                bundle,
-                model,
-                self._decoders,
-                self._metrics,
-                self._settings,
-                self._on_bug,
-            )
             return Entry(name, served, reasons[0] if reasons else "")
         self._metrics.broken_versions(name, len(reasons))
         return Entry(name, None, reasons[0])

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -73,6 +74,7 @@ class _Server:
                 settings,
                 self._metrics,
                 self._on_bug,
+                self._stopping.is_set,
             )
             try:
                 if not self._stopping.is_set():  # a signal may have come while models loaded
@@ -97,6 +99,7 @@ class _Server:
 
     async def _serve(self, repository: Repository, http_port: int) -> None:
         settings = self._settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
         max_bytes = int(settings.max_request_mb * 1e6)
         server = grpc.aio.server(
             options=[
@@ -106,9 +109,15 @@ class _Server:
                 ("grpc.max_send_message_length", -1),
                 # Two servers on one port would each get some of the connections, unnoticed.
                 ("grpc.so_reuseport", 0),
+                # gRPC answers calls that it has not yet handed to us with CANCELLED, from 1000 on
+                # now and then, from 3000 on always. Ours is RESOURCE_EXHAUSTED, and is counted.
+                ("grpc.server.max_pending_requests", 100_000),
+                ("grpc.server.max_pending_requests_hard_limit", 200_000),
             ]
         )
-        front = Front(self._metrics, max_bytes, settings.max_in_flight)
+        # Beside its images a request has a few fields of its own.
+        max_parts = settings.max_images + 1000
+        front = Front(self._metrics, max_bytes, settings.max_in_flight, max_parts)
         checker = health.HealthServicer()
         names = [classifier_rpc.SERVICE, inference_rpc.SERVICE]
         server.add_generic_rpc_handlers(
@@ -120,9 +129,11 @@ class _Server:
         health_pb2_grpc.add_HealthServicer_to_server(checker, server)
         reflection.enable_server_reflection([*names, HEALTH, reflection.SERVICE_NAME], server)
         try:
-            port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+            port = server.add_insecure_port(f"{host}:{settings.port}")
+        # gRPC does not say why; HTTP could listen on this host, so it must be the port.
         except RuntimeError:
-            raise _no_port(settings.host, settings.port, "--port") from None
+            reason = "it is taken, or not ours"
+            raise _no_port(settings.host, settings.port, "--port", reason) from None
         await server.start()
 
         entries = repository.entries()
@@ -141,9 +152,9 @@ class _Server:
                 for entry in entries
                 if entry.served
             ),
-            settings.host,
+            host,
             port,
-            settings.host,
+            host,
             http_port,
         )
 
@@ -165,8 +176,10 @@ class _Server:
         log.info("stopped")
 
 
-def _no_port(host: str, port: int, flag: str) -> ConvoyError:
-    return ConvoyError(f"port {port} of {host} is taken or not ours: choose another with {flag}")
+def _no_port(host: str, port: int, flag: str, reason: str) -> ConvoyError:
+    return ConvoyError(
+        f"can't listen on port {port} of {host}: {reason}; choose another with {flag}, or a --host"
+    )
 
 
 def _process_age_s() -> float:
@@ -181,6 +194,9 @@ def _serve_http(
     """/metrics, /healthz (the process lives) and /readyz (send it requests), on a thread."""
 
     class Handler(BaseHTTPRequestHandler):
+        # Seconds of silence: a caller who stops half-way would keep its thread for ever.
+        timeout = 10
+
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/metrics":
@@ -199,20 +215,27 @@ def _serve_http(
             else:
                 self._respond(404, "text/plain", b"there is /metrics, /healthz and /readyz\n")
 
+        do_HEAD = do_GET  # noqa: N815
+
         def _respond(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             log.debug("http %s", format % args)
 
+    class Server(ThreadingHTTPServer):
+        # Where a name has addresses of both, IPv4.
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = Server((host, port), Handler)
     except OSError as error:
-        raise _no_port(host, port, "--metrics-port") from error
+        raise _no_port(host, port, "--metrics-port", error.strerror or str(error)) from error
     server.daemon_threads = True
     # The interval is how long `shutdown` may take.
     threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()

@@ -57,9 +57,11 @@ class Server:
         python: tuple[str, ...] = (),
     ) -> None:
         """Later `arguments` win over the helper's own; `python` are options of the interpreter."""
-        command = [sys.executable, *python, "-m", "convoy", "serve", "--host", "127.0.0.1"]
+        command = [sys.executable, *python, "-m", "convoy", "serve"]
         command += [] if models is None else ["--models", str(models)]
-        command += _defaults(arguments, port="0", metrics_port="0", shutdown_delay_s="0")
+        command += _defaults(
+            arguments, host="127.0.0.1", port="0", metrics_port="0", shutdown_delay_s="0"
+        )
         self._process = subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=cwd,
@@ -105,7 +107,7 @@ class Server:
 
     def ready(self) -> Self:
         """Waits until it says that it is ready, and learns its ports."""
-        ports = self.wait_for(r"ready in .* gRPC on \S+:(\d+), metrics on http://[^:]+:(\d+)/")
+        ports = self.wait_for(r"ready in .* gRPC on \S+:(\d+), metrics on http://\S+:(\d+)/")
         self.port, self.metrics_port = int(ports[1]), int(ports[2])
         return self
 

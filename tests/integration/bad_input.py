@@ -167,6 +167,7 @@ CASES = [
     Case("pixels, too many bytes", CLASSIFY, _classify(images=_pixels(4, 4, 3, 49)), "INVALID_ARGUMENT", "4x4x3"),
     Case("pixels of 2 channels", CLASSIFY, _classify(images=_pixels(4, 4, 2, 32)), "INVALID_ARGUMENT", "1, 3 or 4 channels"),
     Case("pixels of no height", CLASSIFY, _classify(images=_pixels(0, 4, 3, 0)), "INVALID_ARGUMENT", "[0, 4, 3]"),
+    Case("pixels of no height, and a width without end", CLASSIFY, _classify(images=_pixels(0, 2**32 - 1, 2**32 - 1, 0)), "INVALID_ARGUMENT", "must be at least 1"),
     Case("unknown model", CLASSIFY, _classify(model="nobody's"), "NOT_FOUND", "there is: colours, digits"),
     Case("no model named, where there are two", CLASSIFY, _classify(model=""), "NOT_FOUND", "name one"),
     Case("unknown version", CLASSIFY, _classify(version=7), "NOT_FOUND", "use version 1, or leave it out"),

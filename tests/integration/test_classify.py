@@ -67,6 +67,7 @@ def test_top_k_gives_so_many_labels_best_first(
         (pb.Image(encoded=b"this is no image"), "no JPEG, PNG, WebP, BMP or GIF"),
         (pb.Image(encoded=b""), "empty"),
         (pb.Image(), "neither"),
+        (pb.Image(pixels=pb.Pixels(width=2**32 - 1, channels=2**32 - 1)), "at least 1"),
         (pb.Image(pixels=pb.Pixels(data=b"abc", height=1, width=1, channels=1)), "3 bytes"),
         (pb.Image(pixels=pb.Pixels(data=b"ab", height=1, width=1, channels=2)), "channels"),
     ],

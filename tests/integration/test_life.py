@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
@@ -40,6 +41,15 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as listener:
+            listener.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def refused_at(port: int) -> bool:
@@ -80,6 +90,18 @@ def test_sigterm_while_models_load_ends_it_before_it_is_ready(tmp_path: Path) ->
         server.wait_until_http()
         assert server.stop() == 0
         assert "ready in" not in server.log
+
+
+def test_sigterm_while_models_load_does_not_wait_for_all_of_them(tmp_path: Path) -> None:
+    first = add_slow_to_load(tmp_path, "first").folder.parent
+    for number in range(60):
+        shutil.copytree(first, tmp_path / f"copy{number}")
+    metrics_port = free_port()
+    with Server("--metrics-port", str(metrics_port), models=tmp_path) as server:
+        server.metrics_port = metrics_port
+        server.wait_until_http()
+        server.send(signal.SIGTERM)
+        assert server.wait(TIMEOUT_S / 4) == 0
 
 
 def test_sigterm_withdraws_readiness_and_goes_on_answering_until_the_delay_is_over(
@@ -180,9 +202,29 @@ def test_a_port_that_is_taken_ends_it_with_what_to_do(server: Server, flag: str)
     taken = server.port if flag == "--port" else server.metrics_port
     with contextlib.closing(Server(flag, str(taken))) as second:
         assert second.wait() == 1
-        assert f"port {taken} of 127.0.0.1 is taken" in second.log
+        assert f"port {taken} of 127.0.0.1: " in second.log
         assert flag in second.log
         assert "Traceback" not in second.log
+
+
+def test_a_host_that_is_not_here_is_told_with_the_reason() -> None:
+    with contextlib.closing(Server("--host", "nohost.invalid")) as server:
+        assert server.wait() == 1
+        assert "of nohost.invalid: " in server.log
+        assert "name" in server.log.lower()
+        assert "taken" not in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_an_ipv6_address_is_listened_on(tmp_path: Path) -> None:
+    add_colours(tmp_path)
+    with Server("--host", "::1", models=tmp_path) as server:
+        server.ready()
+        with grpc.insecure_channel(f"[::1]:{server.port}") as channel:
+            assert classifier_on(channel).Classify(RED).model == "colours"
+        with urlopen(f"http://[::1]:{server.metrics_port}/healthz", timeout=TIMEOUT_S) as response:
+            assert response.read() == b"ok\n"
 
 
 @pytest.mark.parametrize("there_is", ["an empty folder", "nothing", "a file"])
@@ -244,6 +286,31 @@ def test_a_broken_newest_version_leaves_the_older_one_serving(damaged: Server) -
         assert calls.Classify(pb.ClassifyRequest(model="newest", images=images)).version == 1
     assert "newest/2 is not served" in damaged.log
     assert damaged.metrics()['convoy_model_broken_versions{model="newest"}'] == 1
+
+
+def test_an_unforeseen_error_in_one_version_stops_no_other(tmp_path: Path) -> None:
+    add_colours(tmp_path, "good")
+    manifest = add_colours(tmp_path, "odd").folder / "manifest.json"
+    # Deeper than the reader can go.
+    deep = '{"training": ' + '{"a": ' * 100_000 + "0" + "}" * 100_000 + ","
+    manifest.write_text(manifest.read_text().replace("{", deep, 1))
+    with Server(models=tmp_path) as server, server.ready().channel() as channel:
+        good, odd = classifier_on(channel).ListModels(pb.ListModelsRequest()).models
+        assert (good.state, odd.state) == (pb.Model.READY, pb.Model.UNAVAILABLE)
+        assert "recursion" in odd.reason
+        assert "odd/1 is not served" in server.log
+        assert "RecursionError" in server.log, "without a stack nobody can mend it"
+
+
+def test_what_is_no_model_is_named_once(tmp_path: Path) -> None:
+    good = add_colours(tmp_path, "good").folder.parent
+    shutil.copytree(good, tmp_path / "my model")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    with Server(models=tmp_path) as server:
+        server.ready()
+    assert server.log.count("not taken for models: 'empty', 'gone', 'my model';") == 1
 
 
 def test_a_folder_of_nothing_but_broken_models_ends_it_with_the_reason(tmp_path: Path) -> None:

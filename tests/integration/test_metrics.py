@@ -1,4 +1,7 @@
+import contextlib
 import hashlib
+import http.client
+import socket
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -124,6 +127,21 @@ def test_both_formats_parse_and_keep_to_the_naming_rules(counted: Server) -> Non
     strict = openmetrics_families(openmetrics)  # type: ignore[no-untyped-call]
     assert {family.name for family in strict} >= ours
     assert "process_resident_memory_bytes" in families
+
+
+def test_head_is_get_without_the_body(counted: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", counted.metrics_port, timeout=TIMEOUT_S)
+    with contextlib.closing(connection):
+        connection.request("HEAD", "/healthz")
+        response = connection.getresponse()
+        assert (response.status, response.headers["Content-Length"]) == (200, "3")
+        assert response.read() == b""
+
+
+def test_a_caller_who_stops_half_way_is_hung_up_on(counted: Server) -> None:
+    with socket.create_connection(("127.0.0.1", counted.metrics_port), TIMEOUT_S) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHo")
+        assert connection.recv(1) == b""
 
 
 def test_an_unknown_path_says_which_there_are(counted: Server) -> None:
