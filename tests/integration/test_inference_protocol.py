@@ -105,6 +105,15 @@ def test_every_form_of_contents_is_answered_as_onnx_runtime_does_here(
     np.testing.assert_allclose(outputs_of(response), offline.run(pixels), atol=1e-6)
 
 
+def test_typed_pixels_of_many_images_keep_their_order(inference: Any) -> None:
+    pixels = noise(9, 4000, (4, 4, 3))
+    request = infer_request("colours", "image")
+    typed_pixels(request, pixels)
+    np.testing.assert_allclose(
+        outputs_of(inference.ModelInfer(request)), colours_of(pixels), atol=1e-6
+    )
+
+
 def test_answers_equal_those_of_classify(inference: Any, classifier: Any) -> None:
     pixels = noise(6, 7, (8, 8, 1))
     request = infer_request("digits", "pixels")
