@@ -218,7 +218,8 @@ def models_list(
         )
         for row in rows:
             table.add_row(*_row(row))
-        Console().print(table)
+        # A pipe has no width to fit into.
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
     else:
         print(f"no models in {folder}: make one with `convoy train` or `convoy models add`")
     return 1 if any(row["state"] == "broken" for row in rows) else 0

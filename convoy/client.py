@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import grpc
 
 from protos import classifier_pb2 as pb
+from protos.classifier_pb2_grpc import ImageClassifierStub
 
 DEFAULT_TARGET = "localhost:8001"
 
@@ -140,16 +141,7 @@ class Classifier:
         self._target, self._model, self._version = target, model, version
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(target, options=_OPTIONS)
-        self._classify = self._channel.unary_unary(
-            "/convoy.v1.ImageClassifier/Classify",
-            request_serializer=pb.ClassifyRequest.SerializeToString,
-            response_deserializer=pb.ClassifyResponse.FromString,
-        )
-        self._list = self._channel.unary_unary(
-            "/convoy.v1.ImageClassifier/ListModels",
-            request_serializer=pb.ListModelsRequest.SerializeToString,
-            response_deserializer=pb.ListModelsResponse.FromString,
-        )
+        self._stub = ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
 
     def classify(self, image: ImageLike, top_k: int = 1) -> Prediction:
         """The `top_k` most probable labels of one image. Raises ClassifierError."""
@@ -170,7 +162,7 @@ class Classifier:
                 future = None
                 if chunk.images:
                     request = chunk.request(self._model, self._version, top_k)
-                    future = self._classify.future(request, timeout=self._timeout_s)
+                    future = self._stub.Classify.future(request, timeout=self._timeout_s)
                 calls.append((chunk, future))
                 if len(calls) == _CALLS:
                     yield from self._finish(*calls.popleft())
@@ -190,7 +182,7 @@ class Classifier:
     def models(self) -> list[pb.Model]:
         """What the server serves: messages convoy.v1.Model. Raises ClassifierError."""
         try:
-            response: pb.ListModelsResponse = self._list(
+            response: pb.ListModelsResponse = self._stub.ListModels(
                 pb.ListModelsRequest(), timeout=self._timeout_s
             )
         except grpc.RpcError as error:
@@ -234,16 +226,7 @@ class AsyncClassifier:
         self._target, self._model, self._version = target, model, version
         self._timeout_s = timeout_s
         self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        self._classify = self._channel.unary_unary(
-            "/convoy.v1.ImageClassifier/Classify",
-            request_serializer=pb.ClassifyRequest.SerializeToString,
-            response_deserializer=pb.ClassifyResponse.FromString,
-        )
-        self._list = self._channel.unary_unary(
-            "/convoy.v1.ImageClassifier/ListModels",
-            request_serializer=pb.ListModelsRequest.SerializeToString,
-            response_deserializer=pb.ListModelsResponse.FromString,
-        )
+        self._stub = ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def classify(self, image: ImageLike, top_k: int = 1) -> Prediction:
         """The `top_k` most probable labels of one image. Raises ClassifierError."""
@@ -276,7 +259,7 @@ class AsyncClassifier:
         if not chunk.images:
             return chunk.predictions(pb.ClassifyResponse())
         try:
-            response = await self._classify(
+            response = await self._stub.Classify(
                 chunk.request(self._model, self._version, top_k), timeout=self._timeout_s
             )
         except grpc.RpcError as error:
@@ -286,7 +269,7 @@ class AsyncClassifier:
     async def models(self) -> list[pb.Model]:
         """What the server serves; see `Classifier.models`."""
         try:
-            response: pb.ListModelsResponse = await self._list(
+            response: pb.ListModelsResponse = await self._stub.ListModels(
                 pb.ListModelsRequest(), timeout=self._timeout_s
             )
         except grpc.RpcError as error:
