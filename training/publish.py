@@ -77,7 +77,9 @@ def serving_version(model: Path, data: Dataset) -> Serving | None:
         if sorted(labels) != sorted(data.classes):
             return Serving(version, None, f"its classes are {', '.join(labels)}")
         order = [labels.index(name) for name in data.classes]
-        given = answers(loaded.run, data.test.at(bundle.manifest.pixels))
+        target = bundle.manifest.pixels
+        inputs = data.test.inputs if target == data.target else data.test.at(target)
+        given = answers(loaded.run, inputs)
         return Serving(version, score_answers(given[:, order], data.test.labels))
     return None
 

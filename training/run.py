@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,11 @@ def load_test(
         raise ConvoyError(f"{folder} has no version {version or 'at all'}; it has {available}")
     bundle = bundles.read(folder / str(version or available[-1]))
     pixels = bundle.manifest.pixels
-    settings = TrainingSettings(**bundle.manifest.training.get("settings", {}))
+    # Of a version made by another Convoy, the settings that this one knows.
+    known = {field.name for field in fields(TrainingSettings)}
+    made_with = bundle.manifest.training.get("settings", {})
     settings = replace(
-        settings,
+        TrainingSettings(**{name: made_with[name] for name in known & made_with.keys()}),
         data=data,
         image_size=pixels.height,
         channels=1 if pixels.channels == 1 else 3,
