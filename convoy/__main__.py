@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from cyclopts import App, Parameter, config
 
 from service.errors import ConvoyError
-from service.settings import Labels, Positive, Settings, Version, default_models
+from service.settings import IMAGE_SUFFIXES, Labels, Positive, Settings, Version, default_models
 from training.settings import RECIPES, AddSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _SERVICE_LINK = re.compile(
     r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
     r"|PORT=(tcp|udp|sctp)://.*)"
 )
-_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
 def _recipe(root: App, commands: tuple[str, ...], arguments: "ArgumentCollection") -> None:
@@ -134,10 +133,10 @@ def _image_files(paths: "Iterable[Path]") -> "Iterator[Path]":
     for path in paths:
         if path.is_dir():
             inside = sorted(
-                f for f in path.rglob("*") if f.suffix.lower() in _IMAGES and f.is_file()
+                f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
             )
             if not inside:
-                raise ConvoyError(f"{path} has no images ({', '.join(sorted(_IMAGES))})")
+                raise ConvoyError(f"{path} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             yield from inside
         else:
             yield path

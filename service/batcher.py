@@ -147,7 +147,9 @@ class Batcher:
             self._on_bug(bug)
 
     def _take(self) -> tuple[list[_Slice], list[_Request]]:
-        """The next batch, oldest first but for the rest of large ones, and the requests whose deadline has passed."""
+        """The next batch, oldest first but for the rest of large requests, and those requests whose
+        deadline has passed.
+        """
         batch: list[_Slice] = []
         late: list[_Request] = []
         room, now = self._max, time.monotonic()

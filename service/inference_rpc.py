@@ -25,7 +25,6 @@ from service.repository import Repository, Served
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
-
 _VERSION = re.compile(r"[0-9]{1,18}")
 
 # Typed values that become Python's at once: nothing else runs meanwhile.

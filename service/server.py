@@ -205,13 +205,8 @@ def _serve_http(
             elif path == "/healthz":
                 self._respond(200, "text/plain", b"ok\n")
             elif path == "/readyz":
-                self._respond(
-                    *(
-                        (200, "text/plain", b"ok\n")
-                        if ready()
-                        else (503, "text/plain", b"not ready\n")
-                    )
-                )
+                status, body = (200, b"ok\n") if ready() else (503, b"not ready\n")
+                self._respond(status, "text/plain", body)
             else:
                 self._respond(404, "text/plain", b"there is /metrics, /healthz and /readyz\n")
 

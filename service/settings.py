@@ -12,6 +12,9 @@ from cyclopts.validators import Number
 
 Device = Literal["auto", "cpu", "cuda"]
 
+# The names by which files in a folder are taken for images; bytes are judged by what they hold.
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
 CountOrAuto = Annotated[int, Parameter(validator=Number(gte=0))]
 Positive = Annotated[float, Parameter(validator=Number(gt=0))]

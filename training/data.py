@@ -19,6 +19,7 @@ from service import bundle, images
 from service.errors import ConvoyError, InvalidImage
 from service.images import Pixels, Target
 from service.model import usable_cores
+from service.settings import IMAGE_SUFFIXES
 from training.settings import TrainingSettings
 
 log = logging.getLogger("convoy.data")
@@ -28,7 +29,6 @@ Labels = npt.NDArray[np.int64]
 # Calls back with an iterable's items, so that a caller can show how far it is.
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 _PROBED = 256
 # The size at which images are compared, whatever size they are trained at.
 _IDENTITY = Target(32, 32, 3)
@@ -110,7 +110,8 @@ def load(settings: TrainingSettings, track: Track = _untracked) -> Dataset:
     """
     name = model_name(settings)
     classes, target, given = _given(settings, track, ("train", "test"))
-    train, test = _test_cut_off(given, settings)
+    given = _with_test(given, settings)
+    train, test = given["train"], given["test"]
     known = set(test.identities)
     fresh = np.array([identity not in known for identity in train.identities], bool)
     if not fresh.all():
@@ -145,13 +146,15 @@ def model_name(settings: TrainingSettings) -> str:
 def load_test(settings: TrainingSettings, track: Track = _untracked) -> tuple[list[str], Split]:
     """The names of the classes, and the test split alone, as `load` has it."""
     classes, _, given = _given(settings, track, ("test",))
-    return list(classes), _test_cut_off(given, settings)[1]
+    return list(classes), _with_test(given, settings)["test"]
 
 
-def _test_cut_off(given: dict[str, Split], settings: TrainingSettings) -> tuple[Split, Split]:
+def _with_test(given: dict[str, Split], settings: TrainingSettings) -> dict[str, Split]:
+    """What is given, with a test split cut off the training images where there is none."""
     if "test" in given:
-        return given.get("train", given["test"]), given["test"]
-    return _cut(given["train"], settings.test_share, f"test {settings.split_seed}")
+        return given
+    train, test = _cut(given["train"], settings.test_share, f"test {settings.split_seed}")
+    return {"train": train, "test": test}
 
 
 def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
@@ -241,11 +244,11 @@ def _list(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
             log.warning("%s is a link to a folder inside of a class: it is left out", link)
     for label, name in enumerate(classes):
         files = sorted(f for f in (folder / name).rglob("*") if not f.is_dir() and f.name[0] != ".")
-        chosen = [f for f in files if f.suffix.lower() in _SUFFIXES]
-        ignored += [f for f in files if f.suffix.lower() not in _SUFFIXES]
+        chosen = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
+        ignored += [f for f in files if f.suffix.lower() not in IMAGE_SUFFIXES]
         if not chosen:
             raise DataError(
-                f"{folder / name} has no image (by name: {', '.join(sorted(_SUFFIXES))}): "
+                f"{folder / name} has no image (by name: {', '.join(sorted(IMAGE_SUFFIXES))}): "
                 "add some or remove the folder"
             )
         found += [(file, label) for file in chosen]

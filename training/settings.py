@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from service.settings import Count, Positive
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -15,11 +17,9 @@ def _two_poolings_fit(_: object, side: int) -> None:
         raise ValueError("Must be 4 or more, or 0 to have it chosen.")
 
 
-Count = Annotated[int, Parameter(validator=Number(gte=1))]
 Batch = Annotated[int, Parameter(validator=Number(gte=1, lte=4096))]
 SideOrAuto = Annotated[int, Parameter(validator=(Number(gte=0, lte=4096), _two_poolings_fit))]
 Amount = Annotated[float, Parameter(validator=Number(gte=0))]
-Positive = Annotated[float, Parameter(validator=Number(gt=0))]
 Share = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]
 Floor = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
 
