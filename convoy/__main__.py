@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from cyclopts import App, Parameter, config
 
+from convoy.bench.settings import BenchSettings
 from service.errors import ConvoyError
 from service.settings import IMAGE_SUFFIXES, Labels, Positive, Settings, Version, default_models
 from training.settings import RECIPES, AddSettings, TrainingSettings
@@ -344,13 +345,26 @@ def evaluate(
     return int(server != "" and found["served"].correct != offline.correct)
 
 
+@app.command
+def bench(*, settings: Annotated[BenchSettings, _Flat] = BenchSettings()) -> int:
+    """Put a server under load, and say how many requests a second it answers, and how fast.
+
+    Exits with 1 where --check finds a wrong answer.
+    """
+    from convoy.bench.run import run
+
+    return run(settings)
+
+
 def _check_environment() -> None:
     """Raises ConvoyError for a CONVOY_* variable that is no setting: a typing error, else unnoticed.
 
     Forgets those that Kubernetes sets.
     """
     known = {
-        field.name for kind in (Settings, TrainingSettings, AddSettings) for field in fields(kind)
+        field.name
+        for kind in (Settings, TrainingSettings, AddSettings, BenchSettings)
+        for field in fields(kind)
     }
     known |= {"server", "model", "version", "top_k", "timeout_s", "json"}
     for name, value in list(os.environ.items()):
