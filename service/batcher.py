@@ -1,32 +1,48 @@
 """Who waits, who goes together, whose deadline has passed. Knows no gRPC and no ONNX Runtime.
 
-The device is the clock: while it runs a batch, requests gather; when it is free, whatever waits
-goes, up to the largest batch. There is no timer and no polling.
+The device is the clock: while it runs a batch, requests gather; when it is free, what waits goes,
+up to the largest batch that keeps the deadlines. There is no timer and no polling.
 """
 
-import contextlib
 import logging
+import math
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import DeadlineExceeded, InferenceFailed, NotReady
+from service.errors import Cancelled, DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 
 Rows = npt.NDArray[np.uint8]
 Outputs = npt.NDArray[np.float32]
 
 log = logging.getLogger("convoy.batcher")
 
+# Jacobson and Karels, Congestion Avoidance and Control, 1988: a mean that follows by an eighth of
+# the error, a deviation by a quarter, and a promise of the mean and four deviations.
+_MEAN_GAIN, _DEVIATION_GAIN, _DEVIATIONS = 1 / 8, 1 / 4, 4
+# Of what was measured once.
+_FIRST_DEVIATION = 1 / 8
+
+# The Open Inference Protocol leaves priorities to the server; as in Triton 1 is the highest, and 0
+# asks for the default. Each level counts as having arrived so much later than the one above, so
+# that no one waits for ever.
+_DEFAULT_LEVEL, _LOWEST_LEVEL, _LEVEL_S = 2, 8, 1.0
+
+# What an estimate is worth on an idle device, after so long without a run that could mend it.
+_HALF_LIFE_S = 1.0
+
 
 class Answer(NamedTuple):
-    """`outputs` belong to the submitted rows, in their order. Times are in seconds."""
+    """`outputs` float32 `[n, classes]` belong to the submitted rows, in their order; the rows that
+    the model failed on are NaN. Times are in seconds: waiting for the device, and on it.
+    `batch_size` is that of the largest batch any of its rows ran in.
+    """
 
     outputs: Outputs
     queue_s: float
@@ -34,39 +50,177 @@ class Answer(NamedTuple):
     batch_size: int
 
 
+Done: TypeAlias = Callable[[Answer | Exception], None]
+
+
 class Batch(NamedTuple):
-    """What one run on the device was: for metrics."""
+    """What one run on the device was: for metrics.
+
+    The sum of `run_s` times `requests` over all runs is the sum of `Answer.run_s` over all answers,
+    where none was cancelled or late while it ran.
+    """
 
     rows: int
     requests: int
     run_s: float
+    # The run raised, or gave the wrong number of rows; more than one are then run apart.
     failed: bool
+    # Ended as NaN.
+    failed_rows: int
+    # Had passed their deadline, or were cancelled, when the run began. Stays 0.
+    late_rows: int
 
 
-@dataclass(eq=False)
-class _Request:
-    rows: Rows
-    deadline: float | None
-    future: "Future[Answer]" = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
-    taken: int = 0
-    answered: int = 0
-    outputs: Outputs | None = None
-    run_s: float = 0.0
-    batch_size: int = 0
+class BatchTimes:
+    """How long a batch of each size takes on this device, measured, kept up to date by every run.
+
+    It holds a mean and a deviation for each power of two and for the largest size; between them
+    they are linear. Thread-safe.
+    """
+
+    def __init__(self, max_batch_size: int) -> None:
+        self._sizes = [1 << n for n in range((max_batch_size - 1).bit_length())] + [max_batch_size]
+        self._means = [0.0] * len(self._sizes)
+        self._deviations = [0.0] * len(self._sizes)
+        self._seen = [0.0] * len(self._sizes)
+        self._bounds = [0.0] * len(self._sizes)
+        self._lock = threading.Lock()
+
+    def estimate(self, size: int) -> float:
+        """Seconds in which a batch of `size` rows, 0 to the largest, is done in all likelihood.
+
+        Never less for more rows; 0 where nothing was recorded yet.
+        """
+        if size <= 1:
+            return self._bounds[0] if size else 0.0
+        upper = (size - 1).bit_length()
+        high, to = self._sizes[upper], self._bounds[upper]
+        if size == high:
+            return to
+        low, since = self._sizes[upper - 1], self._bounds[upper - 1]
+        return since + (to - since) * (size - low) / (high - low)
+
+    def largest(self, seconds: float) -> int:
+        """The most rows whose estimate is within `seconds`; 0 where even one takes longer."""
+        above = bisect_right(self._bounds, seconds)
+        if above in {0, len(self._sizes)}:
+            return self._sizes[-1] if above else 0
+        low, high = self._sizes[above - 1 : above + 1]
+        since, to = self._bounds[above - 1 : above + 1]
+        return low + int((high - low) * (seconds - since) / (to - since))
+
+    def record(self, size: int, seconds: float) -> None:
+        """A batch of `size` rows took `seconds`."""
+        upper = (size - 1).bit_length()
+        lower = max(0, upper - 1)
+        low, high = self._sizes[lower], self._sizes[upper]
+        share = (size - low) / (high - low) if high > low else 1.0
+        with self._lock:
+            if not self._means[-1]:
+                # Until they are measured, larger batches are taken to cost as much a row.
+                self._means = [seconds * max(1.0, each / size) for each in self._sizes]
+                self._deviations = [mean * _FIRST_DEVIATION for mean in self._means]
+            expected = self._means[lower] * (1 - share) + self._means[upper] * share
+            # One that is cut at twice the expected time can't spoil the table.
+            error = min(seconds - expected, expected)
+            self._learn(upper, share, error)
+            if share < 1:
+                self._learn(lower, 1 - share, error)
+            self._level(upper if share >= 0.5 else lower)
+
+    def _learn(self, knot: int, weight: float, error: float) -> None:
+        self._seen[knot] += weight
+        self._means[knot] += error * weight * max(_MEAN_GAIN, 1 / self._seen[knot])
+        if self._seen[knot] <= 1:
+            self._deviations[knot] = self._means[knot] * _FIRST_DEVIATION
+        else:
+            # A batch that was done early breaks no promise.
+            difference = max(0.0, error) - self._deviations[knot]
+            self._deviations[knot] += difference * weight * _DEVIATION_GAIN
+
+    def _level(self, newest: int) -> None:
+        """The newest knowledge wins: no smaller batch takes longer, no larger one less."""
+        for values in (self._means, self._deviations):
+            for knot in range(newest):
+                values[knot] = min(values[knot], values[newest])
+            for knot in range(newest + 1, len(values)):
+                values[knot] = max(values[knot], values[newest])
+        for knot, mean in enumerate(self._means):
+            self._bounds[knot] = mean + _DEVIATIONS * self._deviations[knot]
 
 
-class _Slice(NamedTuple):
-    request: _Request
-    start: int
-    stop: int
+class _Queue:
+    """Those of one priority, oldest first; the cancelled are passed over when their turn comes."""
+
+    __slots__ = ("handicap_s", "level", "rows", "tickets")
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+        self.handicap_s = level * _LEVEL_S
+        self.tickets: deque[Ticket] = deque()
+        # Rows that go in the next turn of each: at most a batch.
+        self.rows = 0
+
+    def before(self, rank: float) -> int:
+        """Rows that go before `rank`, as if all had come evenly."""
+        if not self.rows:
+            return 0
+        first, last = self.tickets[0].rank, self.tickets[-1].rank
+        if last <= rank:
+            return self.rows
+        return int(self.rows * max(0.0, rank - first) / (last - first))
+
+
+class Ticket:
+    """A submitted request."""
+
+    __slots__ = (
+        "answered", "arrived", "batch_size", "batcher", "count", "deadline", "done", "ended",
+        "failed", "outputs", "queue", "rank", "rows", "run_s", "taken",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        batcher: "Batcher",
+        queue: _Queue,
+        rows: Rows,
+        done: Done,
+        arrived: float,
+        deadline: float,
+    ) -> None:
+        self.batcher = batcher
+        self.queue = queue
+        self.rows = rows
+        self.count = len(rows)
+        self.done = done
+        self.arrived = arrived
+        self.deadline = deadline
+        self.rank = arrived + queue.handicap_s
+        self.taken = 0
+        self.answered = 0
+        self.failed = 0
+        self.outputs: Outputs | None = None
+        self.run_s = 0.0
+        self.batch_size = 0
+        self.ended = False
+
+    def cancel(self) -> None:
+        """Ends the request, unless it has ended: `done` hears Cancelled, and none of its rows that
+        still wait will run. May be called on any thread.
+        """
+        if self.batcher._withdraw(self):
+            self.done(Cancelled("the request was cancelled"))
+
+
+_Slice: TypeAlias = tuple[Ticket, int, int]
 
 
 class Batcher:
-    """Gathers the rows of concurrent requests into batches for `run`, on a thread of its own.
+    """Gathers the rows of concurrent requests into batches for `run`, one batch at a time.
 
     `run` takes uint8 `[n, *row_shape]`, n up to `max_batch_size`, and gives float32 `[n, classes]`.
-    Safe to call from any thread.
+    Batches run on the thread that calls `run_next`, or on one of their own after `start`. Safe to
+    call from any thread. Deadlines are on the clock of `time.monotonic`.
     """
 
     def __init__(
@@ -75,153 +229,452 @@ class Batcher:
         row_shape: tuple[int, ...],
         max_batch_size: int,
         *,
+        times: BatchTimes,
+        max_wait_s: float,
+        deterministic: bool = False,
         on_batch: Callable[[Batch], None] = lambda batch: None,
         on_bug: Callable[[BaseException], None] = lambda bug: None,
         name: str = "batcher",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_batch` hears of every run; `on_bug` of an error in the batcher itself, after which
+        """`max_wait_s` is how long a request may be expected to wait before it runs.
+
+        `deterministic`: every run has exactly `max_batch_size` rows, zeros after those there are.
+        `on_batch` hears of every run; `on_bug` of an error in the batcher itself, after which
         every waiting request has failed and new ones are refused.
         """
         self._run = run
         self._row_shape = row_shape
         self._max = max_batch_size
+        self._times = times
+        self._max_wait_s = max_wait_s
+        self._deterministic = deterministic
         self._on_batch = on_batch
         self._on_bug = on_bug
+        self._name = name
+        self._clock = clock
         self._buffer = np.empty((max_batch_size, *row_shape), np.uint8)
-        self._waiting: deque[_Request] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._asleep = False
+        self._thread: threading.Thread | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        # The priorities that were ever asked for.
+        self._queues = [_Queue(_DEFAULT_LEVEL)]
+        self._rows = 0
+        self._newest: Ticket | None = None
+        self._running = False
+        # While a batch runs, when it should be done; after it, when it was.
+        self._free_at = clock()
+        self._was_waiting = False
+        # From the end of a run to the start of the next while some wait: answers are given, and
+        # requests read, perhaps on the same core.
+        self._gap_s = 0.0
 
-    def submit(self, rows: Rows, deadline: float | None = None) -> "Future[Answer]":
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to run."""
+        return self._rows > 0
+
+    def submit(
+        self, rows: Rows, done: Done, *, deadline: float | None = None, priority: int = 0
+    ) -> Ticket:
         """Queues `rows` uint8 `[n >= 1, *row_shape]`; more than a batch holds are split.
 
-        `deadline` is on `time.monotonic`'s clock; what is still waiting then fails with
-        DeadlineExceeded and never runs. Cancelling the future has the same effect at once. A failed
-        run fails its requests with InferenceFailed. Raises NotReady after `close`.
+        `done` is called once, on the thread that ends the request, never in here: with the answer,
+        or with DeadlineExceeded (it could no longer be done in time, and did not run),
+        InferenceFailed (the model failed on every row), or Cancelled.
+        `priority`: 1 is the highest, 0 the default, which is 2.
+
+        Raises Overloaded where the expected wait is over `max_wait_s` or the end is past
+        `deadline`, DeadlineExceeded where that has passed already, NotReady after `close`.
         """
         if rows.dtype != np.uint8 or rows.shape[1:] != self._row_shape or not len(rows):
             raise ValueError(f"{rows.dtype} {rows.shape} for uint8 [n >= 1, *{self._row_shape}]")
-        request = _Request(rows, deadline)
-        with self._changed:
+        now = self._clock()
+        with self._lock:
             if self._closed:
                 raise NotReady("this version is being unloaded: retry")
-            self._waiting.append(request)
-            self._changed.notify()
-        return request.future
+            queue = self._queue(priority)
+            if deadline is None:
+                deadline = math.inf
+            self._admit(queue, len(rows), now, deadline)
+            ticket = Ticket(self, queue, rows, done, now, deadline)
+            queue.tickets.append(ticket)
+            self._newest = ticket
+            self._add(queue, min(ticket.count, self._max))
+            if self._asleep:
+                self._asleep = False
+                self._wake.notify()
+        return ticket
+
+    def wait_s(self, rows: int = 1) -> float:
+        """Seconds until `rows` rows submitted now would be answered, as far as can be told."""
+        with self._lock:
+            now = self._clock()
+            queue = self._queue(0)
+            return self._rest_s(now) + self._run_s(self._ahead(queue, now) + rows)
+
+    def run_next(self) -> bool:
+        """Runs one batch on this thread; False where nothing waited, or a batch runs already."""
+        batch: list[_Slice] = []
+        try:
+            with self._lock:
+                if self._running or not self._rows:
+                    return False
+                now = self._clock()
+                if self._was_waiting:
+                    gap = min(now - self._free_at, self._gap_s + self._times.estimate(self._max))
+                    self._gap_s += (gap - self._gap_s) * _MEAN_GAIN
+                batch, late = self._take(now)
+                self._running = True
+                self._free_at = now + self._batch_s(_size(batch))
+            _tell([(ticket, _too_late()) for ticket in late])
+            if batch:
+                self._run_batch(batch, now)
+            self._running = False
+            self._was_waiting = self._rows > 0
+        # A bug here must not leave callers waiting for what will never come.
+        except BaseException as bug:
+            log.critical("bug in the batcher", exc_info=True)
+            self._abandon([ticket for ticket, _, _ in batch])
+            self._on_bug(bug)
+        return True
+
+    def start(self) -> None:
+        """Runs batches on a thread of its own until `close`."""
+        self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Refuses new requests, finishes those that wait, and ends the thread."""
-        with self._changed:
+        """Refuses new requests, finishes those that wait, and ends the thread if there is one."""
+        with self._lock:
             self._closed = True
-            self._changed.notify()
-        if self._thread is not threading.current_thread():
+            self._wake.notify()
+        if self._thread is None:
+            while self.run_next():
+                pass
+        elif self._thread is not threading.current_thread():
             self._thread.join()
 
     def _work(self) -> None:
-        batch: list[_Slice] = []
-        try:
-            while True:
-                with self._changed:
-                    while not self._waiting and not self._closed:
-                        self._changed.wait()
-                    if not self._waiting:
-                        return
-                    batch, late = self._take()
-                for request in late:
-                    _fail(
-                        request, DeadlineExceeded("the deadline passed before the device was free")
-                    )
-                if batch:
-                    self._run_batch(batch)
-        # A bug here must not leave callers waiting for a thread that is gone.
-        except BaseException as bug:
-            log.critical("bug in the batcher", exc_info=True)
-            with self._changed:
-                self._closed = True
-                stranded = [s.request for s in batch] + list(self._waiting)
-                self._waiting.clear()
-            for request in stranded:
-                _fail(request, InferenceFailed("internal error"))
-            self._on_bug(bug)
+        while True:
+            with self._lock:
+                while not self._rows and not self._closed:
+                    self._asleep = True
+                    self._wake.wait()
+                if not self._rows:
+                    return
+            self.run_next()
 
-    def _take(self) -> tuple[list[_Slice], list[_Request]]:
-        """The next batch, oldest first but for the rest of large requests, and those requests whose
-        deadline has passed.
-        """
+    # Estimates. The lock is held.
+
+    def _batch_s(self, rows: int) -> float:
+        return self._times.estimate(self._max if self._deterministic else rows) if rows else 0.0
+
+    def _run_s(self, rows: int) -> float:
+        """To run `rows`, in as few batches as they need."""
+        batches, rest = divmod(rows, self._max)
+        return batches * (self._batch_s(self._max) + self._gap_s) + self._batch_s(rest)
+
+    def _rest_s(self, now: float) -> float:
+        """Until the device is free. What is overdue by a time is expected to take as long again."""
+        return abs(self._free_at - now) + self._gap_s if self._running else 0.0
+
+    def _ahead(self, queue: _Queue, now: float) -> int:
+        """Rows that go before what comes to `queue` now."""
+        if queue.rows == self._rows:
+            return self._rows
+        rank = now + queue.handicap_s
+        return sum(each.before(rank) for each in self._queues)
+
+    def _admit(self, queue: _Queue, count: int, now: float, deadline: float) -> None:
+        """Raises Overloaded or DeadlineExceeded where the request is not to be taken on."""
+        ahead, rest_s = self._ahead(queue, now), self._rest_s(now)
+        wait_s = rest_s + self._run_s(ahead // self._max * self._max)
+        if wait_s > self._max_wait_s:
+            raise Overloaded(
+                f"{ahead} images are waiting, about {wait_s:.2g} s: back off, then retry",
+                wait_s - self._max_wait_s,
+            )
+        if deadline == math.inf:
+            return
+        left_s = deadline - now
+        if left_s <= 0:
+            raise DeadlineExceeded("the deadline has passed")
+        # More will come to share its last batch. If it were promised less time than they make it
+        # take, then under load every batch would have to be small to keep that promise. A batch that
+        # takes half of the time that is left can follow another of its kind.
+        common = self._max
+        if 2 * self._batch_s(common) > left_s:
+            common = self._times.largest(left_s / 2)
+        batches, last = divmod(ahead + count - 1, self._max)
+        end_s = rest_s + self._run_s(batches * self._max) + self._batch_s(max(last + 1, common))
+        if end_s <= left_s:
+            return
+        # Where all are refused no run would ever mend an estimate that is wrong.
+        if not self._running and not self._rows:
+            trust = 0.5 ** ((now - self._free_at) / _HALF_LIFE_S)
+            if end_s * trust <= left_s:
+                return
+        raise Overloaded(
+            f"this would take about {end_s:.2g} s, the deadline leaves {left_s:.2g} s: back off, "
+            "then retry",
+            end_s - left_s,
+        )
+
+    # Who waits. The lock is held.
+
+    def _queue(self, priority: int) -> _Queue:
+        level = min(priority, _LOWEST_LEVEL) if priority > 0 else _DEFAULT_LEVEL
+        for queue in self._queues:
+            if queue.level == level:
+                return queue
+        self._queues.append(_Queue(level))
+        return self._queues[-1]
+
+    def _add(self, queue: _Queue, rows: int) -> None:
+        queue.rows += rows
+        self._rows += rows
+
+    def _first(self) -> _Queue | None:
+        """The queue whose oldest is next."""
+        first: _Queue | None = None
+        for queue in self._queues:
+            tickets = queue.tickets
+            while tickets and tickets[0].ended:
+                tickets.popleft()
+            if tickets and (first is None or tickets[0].rank < first.tickets[0].rank):
+                first = queue
+        return first
+
+    def _end(self, ticket: Ticket) -> None:
+        """What still waits of it will not run."""
+        ticket.ended = True
+        self._add(ticket.queue, -min(ticket.count - ticket.taken, self._max))
+        ticket.rows = ticket.rows[:0]
+
+    def _take(self, now: float) -> tuple[list[_Slice], list[Ticket]]:
+        """The next batch, and those who can no longer be done in time."""
         batch: list[_Slice] = []
-        late: list[_Request] = []
-        room, now = self._max, time.monotonic()
-        while self._waiting and room:
-            request = self._waiting[0]
-            if request.future.done():  # cancelled, or failed with an earlier slice
-                self._waiting.popleft()
-            elif request.deadline is not None and request.deadline <= now:
-                late.append(self._waiting.popleft())
-            else:
-                start = request.taken
-                request.taken = min(start + room, len(request.rows))
-                room -= request.taken - start
-                batch.append(_Slice(request, start, request.taken))
-                if request.taken == len(request.rows):
-                    self._waiting.popleft()
+        late: list[Ticket] = []
+        size, room = 0, self._max
+        full_s = self._batch_s(room)
+        while size < room and (queue := self._first()):
+            ticket = queue.tickets[0]
+            remaining = ticket.count - ticket.taken
+            count = min(room - size, remaining)
+            if ticket.deadline != math.inf:
+                left_s = ticket.deadline - now
+                end_s = self._batch_s(size + count) + self._run_s(remaining - count)
+                fits = self._max if full_s <= left_s else self._times.largest(left_s)
+                if end_s > left_s or left_s <= 0 or self._costs_others(size + count, fits, now):
+                    self._end(ticket)
+                    late.append(ticket)
+                    continue
+                room = min(room, max(size + count, fits))
+            start, ticket.taken = ticket.taken, ticket.taken + count
+            batch.append((ticket, start, ticket.taken))
+            size += count
+            after = remaining - count
+            self._add(queue, min(after, self._max) - min(remaining, self._max))
+            if not after:
+                queue.tickets.popleft()
+            elif count == room:
                 # It had a whole batch and wants more: those who wait already go first.
-                elif request.taken - start == self._max:
-                    self._waiting.rotate(-1)
+                ticket.rank = now + queue.handicap_s
+                queue.tickets.rotate(-1)
         return batch, late
 
-    def _run_batch(self, batch: list[_Slice]) -> None:
-        if len(batch) == 1:
-            request, start, stop = batch[0]
-            rows = request.rows[start:stop]
-        else:
-            size = 0
-            for request, start, stop in batch:
-                self._buffer[size : size + stop - start] = request.rows[start:stop]
-                size += stop - start
-            rows = self._buffer[:size]
-        began = time.monotonic()
-        outputs: Outputs | None = None
+    def _costs_others(self, size: int, fits: int, now: float) -> bool:
+        """Whether a batch of only `fits` rows, for the sake of one of its first `size`, would make
+        others late: the newest stands for them.
+
+        To keep the oldest by small batches, in which each row takes longer, is to lose more behind
+        it. Shen et al., Nexus, 2019, section 6.3: early drop.
+        """
+        newest, waiting = self._newest, self._rows + size
+        if fits >= min(self._max, waiting) or newest is None or newest.ended:
+            return False
+        left_s = newest.deadline - now
+        return (
+            self._run_s(self._rows) <= left_s
+            and self._batch_s(fits) + self._gap_s + self._run_s(waiting - fits) > left_s
+        )
+
+    def _withdraw(self, ticket: Ticket) -> bool:
+        """Ends a request; False where it has ended."""
+        with self._lock:
+            if ticket.ended:
+                return False
+            self._end(ticket)
+            return True
+
+    # On the device. The lock is not held.
+
+    def _run_batch(self, batch: list[_Slice], taken_at: float, *, apart: bool = False) -> int:
+        """Runs what is still wanted of `batch`, tells those whose last rows these were, and gives
+        the number of rows that failed. `apart`: it is one row of a batch that failed.
+        """
+        rows, batch, began = self._last_look(batch)
+        if not batch:
+            return 0
+        size = _size(batch)
+        late_rows = _size([piece for piece in batch if piece[0].deadline <= began])
+        outputs, bad = self._outputs(rows, size, quiet=apart)
+        ended = self._clock()
+        run_s = ended - began
+        if outputs is not None:
+            self._times.record(self._max if self._deterministic else size, ended - taken_at)
+        retry = outputs is None and size > 1
+        failed = 0 if retry or bad is None else int(bad.sum())
+        endings: list[tuple[Ticket, Answer | Exception]] = []
+        with self._lock:
+            self._free_at = ended + (size * self._batch_s(1) if retry else 0.0)
+            offset = 0
+            for ticket, start, stop in batch:
+                part = slice(offset, offset + stop - start)
+                offset = part.stop
+                ticket.run_s += run_s
+                ticket.batch_size = max(ticket.batch_size, size)
+                if retry or ticket.ended:
+                    continue
+                if bad is not None:
+                    ticket.failed += int(bad[part].sum())
+                ending = _give(
+                    ticket, start, stop, None if outputs is None else outputs[part], ended
+                )
+                if ending is not None:
+                    endings.append((ticket, ending))
+        # What is answered has been counted already.
         try:
-            answers = self._run(rows)
-            if len(answers) != len(rows):
-                raise InferenceFailed(f"{len(answers)} answers for {len(rows)} rows")
-            outputs = answers
-        # Whatever the runtime raises fails this batch and no other.
+            self._on_batch(Batch(size, len(batch), run_s, outputs is None, failed, late_rows))
+        finally:
+            _tell(endings)
+        if retry:
+            failed = sum(
+                self._run_batch([(ticket, row, row + 1)], self._clock(), apart=True)
+                for ticket, start, stop in batch
+                for row in range(start, stop)
+            )
+            log.error("of these rows %d fail by themselves", failed)
+        return failed
+
+    def _last_look(self, batch: list[_Slice]) -> tuple[Rows, list[_Slice], float]:
+        """The rows of those who still want them, just before they run, and the time at that."""
+        while True:
+            rows = self._gather(batch)
+            late: list[tuple[Ticket, Answer | Exception]] = []
+            with self._lock:
+                now = self._clock()
+                wanted = []
+                for piece in batch:
+                    ticket = piece[0]
+                    if ticket.ended:
+                        continue
+                    if ticket.deadline <= now:
+                        self._end(ticket)
+                        late.append((ticket, _too_late()))
+                    else:
+                        wanted.append(piece)
+            _tell(late)
+            if len(wanted) == len(batch):
+                return rows, batch, now
+            batch = wanted
+
+    def _gather(self, batch: list[_Slice]) -> Rows:
+        """The rows of a batch: a view where one request has them all, else a copy."""
+        if len(batch) == 1:
+            ticket, start, stop = batch[0]
+            rows = ticket.rows[start:stop]
+            if rows.flags.c_contiguous and (len(rows) == self._max or not self._deterministic):
+                return rows
+        size = 0
+        for ticket, start, stop in batch:
+            rows = ticket.rows[start:stop]
+            self._buffer[size : size + len(rows)] = rows
+            size += len(rows)
+        if self._deterministic:
+            self._buffer[size:] = 0
+            return self._buffer
+        return self._buffer[:size]
+
+    def _outputs(
+        self, rows: Rows, size: int, *, quiet: bool
+    ) -> tuple[Outputs | None, npt.NDArray[np.bool_] | None]:
+        """The answers to the first `size` rows, None where the run failed; and which of them are
+        none, None where all are well.
+        """
+        try:
+            outputs = self._run(rows)
+            if len(outputs) != len(rows):
+                raise InferenceFailed(f"{len(outputs)} answers for {len(rows)} rows")
+        # Whatever the runtime raises fails these rows and no others.
         except Exception:
-            log.exception("a batch of %d rows failed", len(rows))
-        run_s = time.monotonic() - began
-        offset = 0
-        for piece in batch:
-            if outputs is None:
-                _fail(piece.request, InferenceFailed("the model failed on this batch"))
-            else:
-                count = piece.stop - piece.start
-                _give(piece, outputs[offset : offset + count], run_s, len(rows))
-                offset += count
-        self._on_batch(Batch(len(rows), len(batch), run_s, outputs is None))
+            if not quiet:
+                log.exception("the model failed on a batch of %d rows", size)
+            return None, np.ones(size, np.bool_)
+        outputs = outputs[:size]
+        finite = np.isfinite(outputs)
+        if finite.all():
+            return outputs, None
+        bad: npt.NDArray[np.bool_] = ~np.asarray(finite.all(axis=1))
+        if not quiet:
+            log.error("the model gave NaN or infinity for %d of %d rows", bad.sum(), size)
+        outputs = outputs.copy()
+        outputs[bad] = np.nan
+        return outputs, bad
+
+    def _abandon(self, running: list[Ticket]) -> None:
+        with self._lock:
+            self._closed, self._running = True, False
+            waiting = [ticket for queue in self._queues for ticket in queue.tickets]
+            stranded = [ticket for ticket in {*running, *waiting} if not ticket.ended]
+            for ticket in stranded:
+                self._end(ticket)
+        try:
+            _tell([(ticket, InferenceFailed("internal error")) for ticket in stranded])
+        except Exception:
+            log.exception("a request could not be told of it")
 
 
-def _give(piece: _Slice, outputs: Outputs, run_s: float, batch_size: int) -> None:
-    request = piece.request
-    request.run_s += run_s
-    request.batch_size = max(request.batch_size, batch_size)
-    request.answered += len(outputs)
-    if len(outputs) == len(request.rows):
-        request.outputs = outputs
-    else:
-        if request.outputs is None:
-            request.outputs = np.empty((len(request.rows), *outputs.shape[1:]), outputs.dtype)
-        request.outputs[piece.start : piece.stop] = outputs
-    if request.answered == len(request.rows):
-        queue_s = time.monotonic() - request.arrived - request.run_s
-        answer = Answer(request.outputs, max(0.0, queue_s), request.run_s, request.batch_size)
-        # The caller may have cancelled meanwhile.
-        with contextlib.suppress(InvalidStateError):
-            request.future.set_result(answer)
+def _size(batch: list[_Slice]) -> int:
+    return sum(stop - start for _, start, stop in batch)
 
 
-def _fail(request: _Request, error: Exception) -> None:
-    with contextlib.suppress(InvalidStateError):
-        request.future.set_exception(error)
+def _give(
+    ticket: Ticket, start: int, stop: int, outputs: Outputs | None, now: float
+) -> Answer | Exception | None:
+    """Puts the outputs of some rows to their request, None where the run failed; gives its ending
+    where these were the last.
+    """
+    ticket.answered += stop - start
+    if stop - start == ticket.count:
+        ticket.outputs = outputs
+    elif outputs is not None:
+        if ticket.outputs is None:
+            ticket.outputs = np.full((ticket.count, *outputs.shape[1:]), np.nan, outputs.dtype)
+        ticket.outputs[start:stop] = outputs
+    if ticket.answered < ticket.count:
+        return None
+    ticket.ended = True
+    if ticket.outputs is None or ticket.failed == ticket.count:
+        return InferenceFailed("the model failed on these images")
+    queue_s = max(0.0, now - ticket.arrived - ticket.run_s)
+    return Answer(ticket.outputs, queue_s, ticket.run_s, ticket.batch_size)
+
+
+def _tell(endings: list[tuple[Ticket, Answer | Exception]]) -> None:
+    """All of them are told, though one of them raises."""
+    bug: BaseException | None = None
+    for ticket, ending in endings:
+        try:
+            ticket.done(ending)
+        except BaseException as error:
+            bug = error
+    if bug is not None:
+        raise bug
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline passed, or could no longer be met")

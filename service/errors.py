@@ -18,7 +18,11 @@ class UnknownModel(ConvoyError):
 
 
 class Overloaded(ConvoyError):
-    """More is waiting than can be taken on: back off, then retry."""
+    """More is waiting than can be taken on: back off for `retry_after_s` seconds, then retry."""
+
+    def __init__(self, words: str, retry_after_s: float = 0.1) -> None:
+        super().__init__(words)
+        self.retry_after_s = retry_after_s
 
 
 class NotReady(ConvoyError):
@@ -27,6 +31,10 @@ class NotReady(ConvoyError):
 
 class DeadlineExceeded(ConvoyError):
     """The caller's deadline passed before the answer was there."""
+
+
+class Cancelled(ConvoyError):
+    """The caller took the request back, or has gone."""
 
 
 class InferenceFailed(ConvoyError):
