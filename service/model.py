@@ -1,11 +1,10 @@
 """One loaded version: the session on its device, its warm-up, its proof, and `run`."""
 
-import os
-
 import numpy as np
 import onnxruntime as ort
 
 from service.bundle import Bundle, Probabilities
+from service.cpu import whole_cores
 from service.errors import BrokenVersion, InferenceFailed
 from service.images import Pixels
 from service.settings import Device
@@ -40,7 +39,7 @@ class Model:
         if device == "cuda":
             ort.preload_dlls()  # CUDA and cuDNN from the wheels of the extra `gpu`
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
+        options.intra_op_num_threads = threads or whole_cores()
         options.inter_op_num_threads = 1
         # A spinning pool takes the cores from the threads that decode and talk to callers.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -167,8 +166,3 @@ class Model:
         except Exception as error:
             raise InferenceFailed(str(error)) from error
         return answer
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: its affinity, which is never more than the host's."""
-    return len(os.sched_getaffinity(0))

@@ -14,6 +14,7 @@ from service import bundle as bundles
 from service import images
 from service.batcher import Answer, Batch, Batcher
 from service.bundle import Bundle
+from service.cpu import whole_cores
 from service.errors import (
     BrokenVersion,
     InferenceFailed,
@@ -24,7 +25,7 @@ from service.errors import (
 )
 from service.images import Pixels
 from service.metrics import Metrics
-from service.model import Model, usable_cores
+from service.model import Model
 from service.settings import Settings
 
 log = logging.getLogger("convoy.repository")
@@ -150,7 +151,7 @@ class Repository:
         self.folder = folder
         self._settings, self._metrics, self._on_bug = settings, metrics, on_bug
         self._decoders = ThreadPoolExecutor(
-            settings.decode_threads or usable_cores(), thread_name_prefix="decode"
+            settings.decode_threads or whole_cores(), thread_name_prefix="decode"
         )
         self._entries: dict[str, Entry] = {}
         for name in bundles.names(folder):

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from service import bundle, images
+from service.cpu import whole_cores
 from service.errors import ConvoyError, InvalidImage
 from service.images import Pixels, Target
-from service.model import usable_cores
 from service.settings import IMAGE_SUFFIXES
 from training.settings import TrainingSettings
 
@@ -296,7 +296,7 @@ def _read(
         except (InvalidImage, OSError) as error:
             errors[position] = f"{file}: {error}"
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(whole_cores()) as pool:
         for _ in track(pool.map(read, range(len(files))), doing, len(files)):
             pass
     labels = np.array([label for _, label in files], np.int64)

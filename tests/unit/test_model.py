@@ -1,7 +1,6 @@
 """A loaded version: the contract of its graph, its proof, and that it answers what it is asked."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from onnx import TensorProto, helper
 from service.bundle import Bundle, Golden, Manifest
 from service.errors import BrokenVersion, InferenceFailed
 from service.images import Pixels, Target
-from service.model import Model, usable_cores
+from service.model import Model
 from tests.unit.graphs import classifier, graph, logits, softmax, value
 
 U8, F32, F64, I64 = TensorProto.UINT8, TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
@@ -316,13 +315,3 @@ def test_a_version_that_does_not_prove_itself_is_refused_with_a_reason(kind: str
 
 def test_rounding_between_machines_is_no_reason_to_refuse() -> None:
     assert Model.load(version(golden=shifted(5e-4)), "cpu", threads=1).device == "cpu"
-
-
-def test_usable_cores_are_those_of_this_process() -> None:
-    before = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(before)})
-        assert usable_cores() == 1
-    finally:
-        os.sched_setaffinity(0, before)
-    assert usable_cores() == len(before)
