@@ -351,6 +351,8 @@ def bench(*, settings: Annotated[BenchSettings, _Flat] = BenchSettings()) -> int
 
     Exits with 1 where --check finds a wrong answer.
     """
+    if settings.plot:
+        _require("matplotlib", "bench", "--plot")
     from convoy.bench.run import run
 
     return run(settings)

@@ -293,7 +293,7 @@ class Connection:
     def _response_headers(self, stream: int, answers: list[Answer]) -> None:
         headers = self._known.get(self._block)
         if headers is None:
-            headers = _decode_headers(self._block)
+            headers = decode_headers(self._block)
             if len(self._known) < _KNOWN_BLOCKS:
                 self._known[self._block] = headers
         call = self._calls.get(stream)
@@ -416,7 +416,7 @@ def _string(text: str) -> bytes:
 _STATUSES = dict(enumerate(("200", "204", "206", "304", "400", "404", "500"), start=8))
 
 
-def _decode_headers(block: bytes) -> dict[str, str]:
+def decode_headers(block: bytes) -> dict[str, str]:
     """The headers of a block (RFC 7541) whose names matter; the others of the static table are left
     out. Raises ProtocolError, IndexError.
     """

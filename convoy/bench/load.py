@@ -6,6 +6,7 @@ have suffered ("coordinated omission", Gil Tene, "How NOT to Measure Latency"). 
 is late by is kept beside, so that it can't pass for the server's.
 """
 
+import ctypes
 import gc
 import multiprocessing
 import select
@@ -33,11 +34,14 @@ TOLERANCE = 1e-3
 
 _CODE = {name: code for code, name in CODES.items()}
 _UNANSWERED = 255
+_PR_SET_TIMERSLACK = 29
 
 # Requests that are sent without looking at answers in between, however late they are.
 _BURST = 64
 # Between attempts to connect anew.
 _RECONNECT_S = 0.1
+# A client that is later than this can't send at that rate: there is nothing to be measured.
+_LATEST_S = 5.0
 # From the order to begin until the first request: every process must have connected.
 _LEAD_S = 0.1
 
@@ -207,6 +211,8 @@ def _serve(pipe: Pipe, index: int, count: int) -> None:
     """One process of a fleet, until the pipe is closed."""
     # Ctrl-C reaches the parent, too, and that one ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Linux lets a process sleep 50 microseconds longer than it asked for; requests would be late by that.
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
     work: Work = pipe.recv()
     pipe.send(None)
     while True:
@@ -216,7 +222,9 @@ def _serve(pipe: Pipe, index: int, count: int) -> None:
             return
         try:
             pipe.send(_Sender(work, load, index, count).run(begin))
-        except (OSError, ConvoyError) as error:
+        except ConvoyError as error:
+            pipe.send(error)
+        except OSError as error:
             pipe.send(ConvoyError(f"{work.target}: {error}"))
 
 
@@ -276,6 +284,11 @@ class _Sender:
                 self._start(due[position])
                 position += 1
             self._poll(due[position] if position < len(due) else 0)
+            if position < len(due) and time.perf_counter() > due[position] + _LATEST_S:
+                raise ConvoyError(
+                    f"the client can't send {self._load.rate:,.6g}/s, and is {_LATEST_S:g} s behind: "
+                    "give it more --processes, or a lower --rate"
+                )
 
     def _closed(self, begin: float, concurrency: int) -> None:
         end = begin + self._load.length_s

@@ -56,14 +56,15 @@ class Point:
     """For each status other than OK, the first message."""
 
     @property
-    def name(self) -> str:
-        return f"{self.rate:,.6g}/s" if self.rate is not None else f"{self.concurrency} in flight"
-
-    @property
     def client_bound(self) -> bool:
         """Whether it is the client that was measured rather than the server."""
         allowed = max(_LAG_MS, _LAG_SHARE * self.latency_ms.get("p99", 0.0))
         return self.lag_p99_ms > allowed or self.client_cpu > _BUSY
+
+
+def name(load: Load | Point) -> str:
+    """A load in two words."""
+    return f"{load.rate:,.6g}/s" if load.rate is not None else f"{load.concurrency} in flight"
 
 
 def percentile(values: Floats, percent: float) -> float:
@@ -94,7 +95,7 @@ def measure(load: Load, samples: Samples, images: int, slo_ms: float | None) -> 
         throughput=int(ok.sum()) / load.duration_s,
         images_per_s=int(ok.sum()) * images / load.duration_s,
         goodput=None if slo_ms is None else int(within.sum()) / load.duration_s,
-        latency_ms={name: percentile(latency[ok], q) for name, q in QUANTILES.items()}
+        latency_ms={key: percentile(latency[ok], q) for key, q in QUANTILES.items()}
         if ok.any()
         else {},
         p99_of_all_ms=percentile(np.where(ok, latency, math.inf), 99),
@@ -114,7 +115,7 @@ def table(points: Sequence[Point], slo_ms: float | None) -> Table:
     columns = [
         "OK/s",
         "images/s",
-        *(f"{name} ms" for name in QUANTILES),
+        *(f"{each} ms" for each in QUANTILES),
         "refused",
         "late",
         "lag p99 ms",
@@ -122,20 +123,20 @@ def table(points: Sequence[Point], slo_ms: float | None) -> Table:
     ]
     if slo_ms is not None:
         columns.insert(2, f"within {slo_ms:g} ms/s")
-    for name in columns:
-        made.add_column(name, justify="right")
+    for column in columns:
+        made.add_column(column, justify="right")
     made.add_column("statuses")
     for point in points:
-        cells = [point.name, f"{point.throughput:,.1f}", f"{point.images_per_s:,.1f}"]
+        cells = [name(point), f"{point.throughput:,.1f}", f"{point.images_per_s:,.1f}"]
         cells += [] if point.goodput is None else [f"{point.goodput:,.1f}"]
         cells += [
-            f"{point.latency_ms[name]:,.2f}" if point.latency_ms else "-" for name in QUANTILES
+            f"{point.latency_ms[each]:,.2f}" if point.latency_ms else "-" for each in QUANTILES
         ]
         cells += [f"{point.refused:,}", f"{point.late:,}"]
         cells += [
             "-" if point.rate is None else f"{point.lag_p99_ms:.2f}",
             f"{point.client_cpu:.0%}",
-            ", ".join(f"{name} {count:,}" for name, count in point.statuses.items()),
+            ", ".join(f"{status} {count:,}" for status, count in point.statuses.items()),
         ]
         made.add_row(*cells)
     return made
@@ -144,6 +145,26 @@ def table(points: Sequence[Point], slo_ms: float | None) -> Table:
 def as_json(point: Point) -> dict[str, Any]:
     """The point as JSON has it: null where there is no finite number."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(point).items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(point).items()
     }
+
+
+def line(point: Point) -> str:
+    """What there is to say of a load as soon as it is over."""
+    shown = [f"{key} {point.latency_ms[key]:,.2f} ms" for key in ("p50", "p99") if point.latency_ms]
+    shown += [f"{count:,} {status}" for status, count in point.statuses.items() if status != "OK"]
+    return f"{name(point)}: {', '.join([f'{point.throughput:,.1f} OK/s', *shown])}"
+
+
+def warnings(points: Sequence[Point]) -> list[str]:
+    """What whoever reads the figures must know."""
+    found = [
+        f"{name(point)}: the client is the bottleneck (p99 of its lag {point.lag_p99_ms:.2f} ms, "
+        f"{point.client_cpu:.0%} of a core): give it more --processes, or cores that the server "
+        "does not use"
+        for point in points
+        if point.client_bound
+    ]
+    details = {status: text for point in points for status, text in point.details.items()}
+    return found + [f"{status}: {text}" for status, text in details.items()]
