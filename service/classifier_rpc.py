@@ -1,6 +1,7 @@
 """convoy.v1.ImageClassifier <-> the core: protos/classifier.proto says what each call means."""
 
 import time
+from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -20,22 +21,16 @@ SERVICE = pb.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
 class ClassifierRpc:
     """The handlers of the service `SERVICE`."""
 
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
+    def __init__(self, repository: Repository, hold: Callable[[Call, int], None]) -> None:
+        """`hold` counts memory that a call is about to take: `Front.hold`."""
+        self._repository, self._hold = repository, hold
 
-    def handlers(self, front: Front) -> grpc.GenericRpcHandler:
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Classify": front.unary("Classify", pb.ClassifyRequest, self.classify),
-                "ClassifyStream": front.stream(
-                    "ClassifyStream", pb.ClassifyStreamRequest, self.classify_one, refuse_one
-                ),
-                "ListModels": front.unary(
-                    "ListModels", pb.ListModelsRequest, self.list_models, always=True
-                ),
-            },
+    def register(self, front: Front) -> None:
+        front.unary(f"/{SERVICE}/Classify", pb.ClassifyRequest, self.classify)
+        front.stream(
+            f"/{SERVICE}/ClassifyStream", pb.ClassifyStreamRequest, self.classify_one, refuse_one
         )
+        front.unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest, self.list_models, always=True)
 
     async def classify(self, request: pb.ClassifyRequest, call: Call) -> pb.ClassifyResponse:
         served = self._repository.get(request.model, request.version)
@@ -43,7 +38,9 @@ class ClassifierRpc:
         if not request.images:
             raise InvalidRequest("the request has no images: send at least one")
         served.check_count(len(request.images))
-        decoded, decode_s = await served.decode([_input(image) for image in request.images])
+        self._hold(call, len(request.images) * served.image_bytes)
+        inputs = [_input(image) for image in request.images]
+        decoded, decode_s = await served.decode(inputs, call.deadline)
         readable = [item for item in decoded if not isinstance(item, InvalidImage)]
         answer: Answer | None = None
         if readable:
@@ -85,17 +82,17 @@ class ClassifierRpc:
                 model.height, model.width, model.channels = manifest.pixels.shape
                 model.max_batch_size = manifest.max_batch_size
                 model.sha256 = served.bundle.sha256
-                model.device = served.model.device
+                model.device = served.device
                 if manifest.scores:
                     model.accuracy = manifest.scores.accuracy
         return response
 
 
 def refuse_one(
-    message: pb.ClassifyStreamRequest, code: grpc.StatusCode, words: str
+    message: pb.ClassifyStreamRequest | None, code: grpc.StatusCode, words: str
 ) -> pb.ClassifyStreamResponse:
     return pb.ClassifyStreamResponse(
-        id=message.id, error=pb.Error(code=code.value[0], message=words)
+        id=message.id if message else "", error=pb.Error(code=code.value[0], message=words)
     )
 
 
@@ -121,16 +118,23 @@ def _input(image: pb.Image) -> bytes | Pixels | InvalidImage:
 def _results(
     served: Served, decoded: list[Pixels | InvalidImage], answer: Answer | None, top_k: int
 ) -> list[pb.ImageResult]:
-    rows = iter(answer.outputs if answer else ())
+    rows = iter(answer.outputs if answer else np.empty(0, np.float32))
     results = []
     for item in decoded:
         if isinstance(item, InvalidImage):
-            error = pb.Error(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=str(item))
-            results.append(pb.ImageResult(error=error))
-        else:
-            labels = best(next(rows), served.manifest.labels, top_k)
-            results.append(pb.ImageResult(classification=pb.Classification(labels=labels)))
+            results.append(_failed(grpc.StatusCode.INVALID_ARGUMENT, str(item)))
+            continue
+        row = next(rows)
+        if not np.isfinite(row[0]):
+            results.append(_failed(grpc.StatusCode.INTERNAL, "the model failed on this image"))
+            continue
+        labels = best(row, served.manifest.labels, top_k)
+        results.append(pb.ImageResult(classification=pb.Classification(labels=labels)))
     return results
+
+
+def _failed(code: grpc.StatusCode, words: str) -> pb.ImageResult:
+    return pb.ImageResult(error=pb.Error(code=code.value[0], message=words))
 
 
 def best(row: Probabilities, labels: list[str], top_k: int) -> list[pb.Label]:

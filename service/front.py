@@ -1,69 +1,93 @@
-"""gRPC's server <-> plain handlers: the one place that knows how calls arrive and how they end.
+"""Calls <-> plain handlers: statuses, admission, counting and draining, the same for every API.
 
-A handler is `async (request message, Call) -> response message`. What it raises becomes a status
-here; a call counts as in flight here; and here it is refused when there are too many.
+A handler is `async (request message, Call) -> response message`, and awaits nothing but
+`task.Wait`. What it raises becomes a status here, and nowhere else.
 """
 
-import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from service import errors
+from service import errors, wire
 from service.metrics import Metrics
+from service.task import Task, Wait
+from service.transport import Exchange, Loop
 
 log = logging.getLogger("convoy.front")
 
 Code = grpc.StatusCode
-_STATUS: dict[type[errors.ConvoyError], grpc.StatusCode] = {
+_STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: Code.INVALID_ARGUMENT,
     errors.UnknownModel: Code.NOT_FOUND,
     errors.Overloaded: Code.RESOURCE_EXHAUSTED,
     errors.NotReady: Code.UNAVAILABLE,
     errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,
+    errors.Cancelled: Code.CANCELLED,
+    errors.InferenceFailed: Code.INTERNAL,
 }
 _INTERNAL = "internal error: please report it; the server's log says more"
-_PUSHBACK = (("grpc-retry-pushback-ms", "100"),)
+_DRAINING = "this server is shutting down: retry, another may answer"
+
+# What a caller is asked to wait, in seconds, where nobody can say better, and at the least and most.
+_RETRY_S = (0.1, 0.01, 5.0)
 
 # What one stream may owe before no more of it is read: so many answers, and so many bytes of
 # requests that are worked on and of answers that are not taken.
 _STREAM_WINDOW = 256
 _STREAM_WINDOW_BYTES = 16_000_000
 
-# Only larger bodies are looked at before they are parsed; these are parsed in milliseconds.
+# Only larger bodies are looked at before they are parsed; these are parsed in a millisecond.
 _SMALL_BYTES = 1_000_000
+# From here on, looking for the tensor in a body costs less than copying it.
+_SPLIT_BYTES = 64_000
 
 # Status messages travel as metadata, of which gRPC refuses more than 8 kB; there each byte of a
 # character that is not ASCII takes three. Some of them quote what the caller sent.
 _MAX_WORDS_BYTES = 2000
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """What a handler knows of its call. `arrived` and `deadline` are on `time.monotonic`'s clock."""
 
     arrived: float
     deadline: float | None
+    # Bytes of the fields that were left out when the message was parsed, see `Front.unary`.
+    raw: list[memoryview] = field(default_factory=list)
     # Set by the handler once it knows: the label under which the call is counted.
     model: str = ""
+    # What it holds in memory, in bytes; `Front.hold` adds to it.
+    held: int = 0
+    # Has the call ended at a time, if it has not before; set by the front.
+    expire: Callable[[float], None] = lambda when: None
+
+    def limit(self, deadline: float) -> None:
+        """The caller asked, in the request itself, for an answer by then."""
+        if self.deadline is None or deadline < self.deadline:
+            self.deadline = deadline
+            self.expire(deadline)
 
 
-Handler = Callable[[Any, Call], Awaitable[Message]]
-
-M = TypeVar("M", bound=Message)
+Handler = Callable[[Any, Call], Coroutine[Wait[Any], Any, Message]]
+Refusal = Callable[[Any, grpc.StatusCode, str], Message]
+# Starts to tell `send` of changes, and returns what ends that.
+Subscribe = Callable[[Any, Callable[[Message], None]], Callable[[], None]]
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     """The status and words that a caller gets for `error`. A bug gets fixed words, and is logged."""
-    for kind, code in _STATUS.items():
-        if isinstance(error, kind):
-            return code, _cut(str(error))
+    code = _STATUS.get(type(error)) or next(
+        (code for kind, code in _STATUS.items() if isinstance(error, kind)), None
+    )
+    if code is not None:
+        return code, _cut(str(error))
     log.error("a request failed", exc_info=error)
     return Code.INTERNAL, _INTERNAL
 
@@ -75,166 +99,167 @@ def _cut(words: str) -> str:
     return data[:_MAX_WORDS_BYTES].decode(errors="ignore") + " ..."
 
 
+def _trailers(error: Exception) -> tuple[tuple[str, str], ...]:
+    """The pushback of gRPC's retries: https://github.com/grpc/proposal/blob/master/A6-client-retries.md."""
+    if not isinstance(error, errors.Overloaded):
+        return ()
+    default, least, most = _RETRY_S
+    seconds = min(max(error.retry_after_s or default, least), most)
+    return (("grpc-retry-pushback-ms", str(round(1000 * seconds))),)
+
+
 class Front:
-    """Wraps handlers for `grpc.aio`, counts what is in flight, and lets it drain."""
+    """Takes the calls of a `Loop`, admits them, and lets them drain."""
 
     def __init__(
-        self, metrics: Metrics, max_request_bytes: int, max_in_flight: int, max_parts: int
+        self,
+        loop: Loop,
+        metrics: Metrics,
+        *,
+        max_request_bytes: int,
+        max_in_flight: int,
+        max_held_bytes: int,
+        max_parts: int,
     ) -> None:
-        """`max_parts`: fields in a large body, see `_check_parts`."""
-        self._metrics = metrics
+        """`max_parts`: fields in a large body, see `wire.check_parts`."""
+        self.loop, self.metrics = loop, metrics
         self._max_bytes, self._max_in_flight = max_request_bytes, max_in_flight
-        self._max_parts = max_parts
-        self._in_flight = self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._draining = asyncio.Event()
+        self._max_held, self._max_parts = max_held_bytes, max_parts
+        self._routes: dict[str, tuple[bool, Callable[[Exchange], None]]] = {}
+        self._in_flight = self._held = self._calls = 0
+        self._streams: set[_Stream] = set()
+        self._watches: set[_Watch] = set()
+        self.draining = False
+        self._on_drained: Callable[[], None] = lambda: None
+        metrics.in_flight = lambda: self._in_flight
+        metrics.held_bytes = lambda: self._held
+        loop.on_call = self._on_call
 
     def unary(
-        self, name: str, kind: type[Message], handler: Handler, *, always: bool = False
-    ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """A unary call `name` (for metrics) whose requests are `kind`.
+        self,
+        path: str,
+        kind: type[Message],
+        handler: Handler,
+        *,
+        always: bool = False,
+        raw_field: int = 0,
+    ) -> None:
+        """Answers unary calls of `path`, whose requests are `kind`.
 
         `always`: is answered however much is in flight, and takes nobody's place there, as what
         asks for no work should be: a server that is only busy would else be taken for dead.
+        `raw_field`: the field whose bytes a large request hands over as `Call.raw`, uncopied.
         """
 
-        async def behaviour(data: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
-            self._opened(context)
-            call, request = _call(context), None
-            try:
-                with self._counted(name, call, always):
-                    request = self._parse(kind, data)
-                    return (await handler(request, call)).SerializeToString()
-            except Exception as error:
-                code, words = status_of(error)
-                # gRPC keeps the error until the next garbage collection: not the request with it.
-                error.__traceback__, request, data = None, None, b""
-                trailers = _PUSHBACK if code is Code.RESOURCE_EXHAUSTED else ()
-                await context.abort(code, words, trailers)
-                raise AssertionError("abort raises") from error
+        def begin(exchange: Exchange) -> None:
+            _Unary(self, exchange, path.rpartition("/")[2], kind, handler, always, raw_field)
 
-        return grpc.unary_unary_rpc_method_handler(behaviour)
+        self._routes[path] = (always, begin)
 
     def stream(
-        self,
-        name: str,
-        kind: type[Message],
-        handler: Handler,
-        refusal: Callable[[Any, grpc.StatusCode, str], Message],
-    ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """A bidirectional call: each message is answered as by `unary`, in the order of finishing.
+        self, path: str, kind: type[Message], handler: Handler, refusal: Refusal | None = None
+    ) -> None:
+        """Answers bidirectional calls: each message as by `unary`, in the order of finishing.
 
-        `refusal` makes the answer for a message whose handler raised. When the server drains, what
-        was read is answered and the stream ends with UNAVAILABLE.
+        `refusal` makes the answer for a message whose handler raised; without, that ends the call.
+        When the server drains, what was read is answered and the stream ends with UNAVAILABLE.
         """
 
-        async def answer(data: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
-            request = kind()
-            call = _call(context)
-            try:
-                with self._counted(name, call):
-                    request = self._parse(kind, data)
-                    return (await handler(request, call)).SerializeToString()
-            except Exception as error:
-                return refusal(request, *status_of(error)).SerializeToString()
-
-        async def behaviour(
-            _requests: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[Any, Any]"
-        ) -> None:
-            self._opened(context)
-            writing = asyncio.Lock()
-            owed, room = _Owed(), asyncio.Event()
-
-            async def respond(data: bytes) -> None:
-                size = len(data)
-                try:
-                    response = await answer(data, context)
-                    del data
-                    owed.bytes += len(response) - size
-                    size = len(response)
-                    # A write fails where the caller has gone: nobody is left to be told.
-                    async with writing:
-                        with contextlib.suppress(grpc.aio.BaseError):
-                            await context.write(response)
-                finally:
-                    owed.answers -= 1
-                    owed.bytes -= size
-                    room.set()
-
-            draining = asyncio.create_task(self._draining.wait())
-            try:
-                # A caller who hangs up cancels this task, and the group cancels its answers.
-                async with asyncio.TaskGroup() as answers:
-                    while not self._draining.is_set():
-                        while owed.full():
-                            room.clear()
-                            await room.wait()
-                        read: asyncio.Task[Any] = asyncio.ensure_future(context.read())
-                        await asyncio.wait({read, draining}, return_when=asyncio.FIRST_COMPLETED)
-                        if not read.done():
-                            read.cancel()
-                            break
-                        if read.result() is grpc.aio.EOF:
-                            return
-                        owed.answers += 1
-                        owed.bytes += len(read.result())
-                        answers.create_task(respond(read.result()))
-            finally:
-                draining.cancel()
-            await context.abort(Code.UNAVAILABLE, "this server is shutting down: open a new stream")
-
-        return grpc.stream_stream_rpc_method_handler(behaviour)
-
-    async def drain(self, grace_s: float) -> bool:
-        """Ends streams, waits for every call's end; False where that took over `grace_s`."""
-        self._draining.set()
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
-        except TimeoutError:
-            log.warning("%d calls were cut off after %g s", self._calls, grace_s)
-            return False
-        return True
-
-    def _opened(self, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-        """A call keeps the server from stopping until its caller has taken all of its answers."""
-
-        def closed(_: object) -> None:
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
-
-        self._calls += 1
-        self._idle.clear()
-        # The type stubs have a plain class where they mean a protocol.
-        context.add_done_callback(closed)  # type: ignore[arg-type]
-
-    @contextlib.contextmanager
-    def _counted(self, name: str, call: Call, always: bool = False) -> Iterator[None]:
-        code = Code.OK
-        self._in_flight += not always
-        self._metrics.started()
-        try:
-            if not always and self._in_flight > self._max_in_flight:
-                raise errors.Overloaded(
-                    f"{self._max_in_flight} requests are in flight here: back off, then retry"
-                )
-            yield
-        except asyncio.CancelledError:
-            late = call.deadline is not None and call.deadline <= time.monotonic()
-            code = Code.DEADLINE_EXCEEDED if late else Code.CANCELLED
-            raise
-        except Exception as error:
-            code = next(
-                (c for kind, c in _STATUS.items() if isinstance(error, kind)), Code.INTERNAL
+        def begin(exchange: Exchange) -> None:
+            self._streams.add(
+                _Stream(self, exchange, path.rpartition("/")[2], kind, handler, refusal)
             )
-            raise
-        finally:
-            self._in_flight -= not always
-            seconds = time.monotonic() - call.arrived
-            self._metrics.finished(name, call.model, code.name, seconds)
 
-    def _parse(self, kind: type[M], data: bytes) -> M:
+        self._routes[path] = (True, begin)
+
+    def watch(self, path: str, kind: type[Message], subscribe: Subscribe) -> None:
+        """Answers server-streaming calls with whatever `subscribe` sends, until the caller leaves."""
+        self._routes[path] = (
+            True,
+            lambda exchange: self._watches.add(_Watch(self, exchange, kind, subscribe)),
+        )
+
+    def hold(self, call: Call, size: int) -> None:
+        """Counts memory that a call is about to take. Raises Overloaded where that is too much."""
+        if self._held + size > self._max_held and self._held > call.held:
+            raise errors.Overloaded(
+                f"{self._held / 1e6:.0f} MB of requests are worked on: back off, then retry"
+            )
+        self._held += size
+        call.held += size
+
+    def drain(self, then: Callable[[], None]) -> None:
+        """Refuses new calls and ends streams; `then` is called when no call is left."""
+        self.draining = True
+        self._on_drained = then
+        for stream in list(self._streams):
+            stream.end_if_done()
+        self._check_drained()
+
+    def close(self) -> int:
+        """Ends what only ends with the server; the number of calls that are cut off."""
+        for watch in list(self._watches):
+            watch.end()
+        return self._calls - len(self._watches)
+
+    def _on_call(self, exchange: Exchange) -> None:
+        route = self._routes.get(exchange.method)
+        if route is None:
+            exchange.refuse(Code.UNIMPLEMENTED.value[0], f"no method {_cut(exchange.method)}")
+            return
+        always, begin = route
+        if not always:
+            error = self.refusal()
+            if error is not None:
+                code = _STATUS[type(error)]
+                self.metrics.finished(exchange.method.rpartition("/")[2], "", code.name, 0.0)
+                exchange.refuse(code.value[0], str(error), _trailers(error))
+                return
+        elif self.draining:
+            exchange.refuse(Code.UNAVAILABLE.value[0], _DRAINING)
+            return
+        self._calls += 1
+        exchange.accept()
+        begin(exchange)
+
+    def refusal(self) -> errors.ConvoyError | None:
+        """Why no more work is taken on; None where it is."""
+        if self.draining:
+            return errors.NotReady(_DRAINING)
+        if self._in_flight >= self._max_in_flight:
+            return errors.Overloaded(
+                f"{self._max_in_flight} requests are in flight here: back off, then retry"
+            )
+        if self._held >= self._max_held:
+            return errors.Overloaded(
+                f"{self._held / 1e6:.0f} MB of requests are worked on: back off, then retry"
+            )
+        return None
+
+    def started(self, call: Call, size: int) -> None:
+        self._in_flight += 1
+        self._held += size
+        call.held += size
+
+    def ended(self, call: Call) -> None:
+        self._in_flight -= 1
+        self._held -= call.held
+
+    def forget(self, call: "_Stream | _Watch") -> None:
+        self._streams.discard(call)
+        self._watches.discard(call)
+
+    def closed(self) -> None:
+        self._calls -= 1
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        if self.draining and self._calls <= len(self._watches):
+            then, self._on_drained = self._on_drained, lambda: None
+            then()
+
+    def parse(self, kind: type[Message], data: bytes, call: Call, raw_field: int = 0) -> Message:
+        """Raises InvalidRequest."""
         if len(data) > self._max_bytes:
             raise errors.InvalidRequest(
                 f"the request has {len(data) / 1e6:.1f} MB, the limit is {self._max_bytes / 1e6:g}: "
@@ -242,71 +267,291 @@ class Front:
             )
         try:
             if len(data) > _SMALL_BYTES:
-                _check_parts(kind, data, self._max_parts)
+                wire.check_parts(kind, data, self._max_parts)
+            if raw_field and len(data) > _SPLIT_BYTES:
+                data, call.raw = wire.split(data, raw_field)
             return kind.FromString(data)
         except DecodeError:
             raise errors.InvalidRequest(f"the body is no {kind.DESCRIPTOR.full_name}") from None
 
+    def task(
+        self,
+        handler: Coroutine[Wait[Any], Any, Any],
+        then: Callable[[Any], None],
+        exchange: Exchange,
+    ) -> Task:
+        return Task(handler, then, self.loop.here, partial(self._post, exchange))
 
-@dataclass
-class _Owed:
-    """What a stream has read and not yet written."""
-
-    answers: int = 0
-    bytes: int = 0
-
-    def full(self) -> bool:
-        return self.answers >= _STREAM_WINDOW or self.bytes >= _STREAM_WINDOW_BYTES
-
-
-def _check_parts(kind: type[Message], data: bytes, most: int) -> None:
-    """Raises InvalidRequest where `data` has more than `most` fields, not counting those of messages
-    that hold no list; DecodeError where it is no message.
-
-    Parsing holds the interpreter's lock, so that no other call is answered meanwhile: on one core
-    0.04 s for 60 MB in one image, but 2 s, and 1.5 GB, for 60 MB of empty ones.
-    """
-    parts = 0
-    spans = [(kind.DESCRIPTOR, 0, len(data))]
-    while spans:
-        message, at, end = spans.pop()
-        while at < end:
-            parts += 1
-            if parts > most:
-                raise errors.InvalidRequest(
-                    f"the request has more than {most} parts: send several requests, or a stream"
-                )
-            tag, at = _varint(data, at, end)
-            match tag & 7:
-                case 0:
-                    _, at = _varint(data, at, end)
-                case 1:
-                    at += 8
-                case 2:
-                    length, at = _varint(data, at, end)
-                    field = message.fields_by_number.get(tag >> 3)
-                    inner = field.message_type if field else None
-                    if inner and any(each.is_repeated for each in inner.fields):
-                        spans.append((inner, at, min(at + length, end)))
-                    at += length
-                case 5:
-                    at += 4
-                case 6 | 7:
-                    raise DecodeError
-        if at > end:
-            raise DecodeError
+    def _post(self, exchange: Exchange, callback: Callable[[], None]) -> None:
+        self.loop.post(callback, exchange)
 
 
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """The varint at `at`, and where it ends."""
-    value = 0
-    for position in range(at, min(at + 10, end)):
-        value |= (data[position] & 0x7F) << 7 * (position - at)
-        if data[position] < 0x80:
-            return value, position + 1
-    raise DecodeError
+class _Unary:
+    __slots__ = (
+        "_always", "_call", "_ended", "_exchange", "_front", "_handler", "_kind", "_name",
+        "_raw_field", "_task",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        front: Front,
+        exchange: Exchange,
+        name: str,
+        kind: type[Message],
+        handler: Handler,
+        always: bool,
+        raw_field: int,
+    ) -> None:
+        self._front, self._exchange, self._name = front, exchange, name
+        self._kind, self._handler, self._raw_field = kind, handler, raw_field
+        self._always, self._ended = always, False
+        self._task: Task | None = None
+        self._call = call = Call(time.monotonic(), exchange.deadline)
+        call.expire = self._expire
+        if not always:
+            front.started(call, 0)
+        exchange.on_gone = self._gone
+        exchange.on_closed = front.closed
+        exchange.read(self._received)
+
+    def _received(self, data: bytes | None) -> None:
+        front, call = self._front, self._call
+        if self._ended:
+            return
+        if data is None:
+            self._end(errors.InvalidRequest("the call has no message"))
+            return
+        try:
+            if not self._always:
+                front.hold(call, len(data))
+            request = front.parse(self._kind, data, call, self._raw_field)
+        except errors.ConvoyError as error:
+            self._end(error)
+            return
+        del data
+        self._task = front.task(self._handler(request, call), self._end, self._exchange)
+        self._task.run()
+
+    def _gone(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _expire(self, when: float) -> None:
+        def expired() -> None:
+            if not self._ended:
+                self._end(errors.DeadlineExceeded("the time that the request allowed is over"))
+                self._gone()
+
+        self._front.loop.at(when, expired)
+
+    def _end(self, outcome: Message | Exception) -> None:
+        """With the handler's result; or before it has one, and then again, for nothing."""
+        if self._ended:
+            return
+        self._ended = True
+        front, call, exchange = self._front, self._call, self._exchange
+        if exchange.gone:
+            code = _ending(call)
+        elif isinstance(outcome, Exception):
+            code, words = status_of(outcome)
+            exchange.end(code.value[0], words, _trailers(outcome))
+        else:
+            code = Code.OK
+            exchange.end(0, message=outcome.SerializeToString())
+        if not self._always:
+            front.ended(call)
+        front.metrics.finished(self._name, call.model, code.name, time.monotonic() - call.arrived)
 
 
-def _call(context: "grpc.aio.ServicerContext[Any, Any]") -> Call:
-    now, remaining = time.monotonic(), context.time_remaining()
-    return Call(now, None if remaining is None else now + remaining)
+def _ending(call: Call) -> grpc.StatusCode:
+    """How a call ended for a caller who is gone: gRPC itself ends those whose deadline passes."""
+    late = call.deadline is not None and call.deadline <= time.monotonic()
+    return Code.DEADLINE_EXCEEDED if late else Code.CANCELLED
+
+
+class _Stream:
+    """Reads messages as long as not too much is owed, and writes each answer when it is there."""
+
+    def __init__(
+        self,
+        front: Front,
+        exchange: Exchange,
+        name: str,
+        kind: type[Message],
+        handler: Handler,
+        refusal: Refusal | None,
+    ) -> None:
+        self._front, self._exchange, self._name = front, exchange, name
+        self._kind, self._handler, self._refusal = kind, handler, refusal
+        self._tasks: set[Task] = set()
+        self._answers: deque[bytes] = deque()
+        self._owed = self._owed_bytes = 0
+        self._reading = self._writing = self._over = self._ended = False
+        exchange.on_gone = self._gone
+        exchange.on_closed = self._closed
+        self._read()
+
+    def end_if_done(self) -> None:
+        """Ends the call where all that was read is answered and no more is to be read."""
+        draining = self._front.draining
+        if self._owed or self._ended or not (self._over or draining):
+            return
+        self._ended = True
+        if self._over:
+            self._exchange.end(0)
+        else:
+            self._exchange.end(Code.UNAVAILABLE.value[0], _DRAINING)
+
+    def _read(self) -> None:
+        full = self._owed >= _STREAM_WINDOW or self._owed_bytes >= _STREAM_WINDOW_BYTES
+        if not (full or self._reading or self._over or self._ended or self._front.draining):
+            self._reading = True
+            self._exchange.read(self._received)
+
+    def _received(self, data: bytes | None) -> None:
+        self._reading = False
+        if self._ended:
+            return
+        if data is None:
+            self._over = True
+            self.end_if_done()
+            return
+        front, call = self._front, Call(time.monotonic(), self._exchange.deadline)
+        refused, request = front.refusal(), None
+        front.started(call, 0)
+        self._owed += 1
+        self._owed_bytes += len(data)
+        size = len(data)
+        try:
+            if refused is not None:
+                raise refused
+            front.hold(call, size)
+            request = front.parse(self._kind, data, call)
+        except errors.ConvoyError as error:
+            # So that the answer says which message it is for.
+            if request is None and size <= _SMALL_BYTES:
+                request = _parsed(self._kind, data)
+            self._answer(request, call, size, error)
+        else:
+            del data
+            task: Task
+
+            def ended(outcome: Any) -> None:
+                self._tasks.discard(task)
+                self._answer(request, call, size, outcome)
+
+            task = front.task(self._handler(request, call), ended, self._exchange)
+            self._tasks.add(task)
+            task.run()
+        self._read()
+
+    def _answer(
+        self, request: Message | None, call: Call, size: int, outcome: Message | Exception
+    ) -> None:
+        front, answer = self._front, b""
+        if self._exchange.gone or self._ended:
+            code = _ending(call)
+        elif not isinstance(outcome, Exception):
+            code = Code.OK
+            answer = outcome.SerializeToString()
+        else:
+            code, words = status_of(outcome)
+            if self._refusal is None:
+                self._ended = True
+                self._exchange.end(code.value[0], words)
+            else:
+                answer = self._refusal(request, code, words).SerializeToString()
+        front.ended(call)
+        front.metrics.finished(self._name, call.model, code.name, time.monotonic() - call.arrived)
+        if self._exchange.gone or self._ended:
+            self._owed -= 1
+            self._owed_bytes -= size
+            return
+        self._owed_bytes += len(answer) - size
+        self._answers.append(answer)
+        self._write()
+
+    def _write(self) -> None:
+        if self._writing or not self._answers or self._ended:
+            return
+        answer = self._answers.popleft()
+        self._writing = True
+        self._exchange.write(answer, bool(self._answers), lambda: self._written(len(answer)))
+
+    def _written(self, size: int) -> None:
+        self._writing = False
+        self._owed -= 1
+        self._owed_bytes -= size
+        self._write()
+        self._read()
+        self.end_if_done()
+
+    def _gone(self) -> None:
+        self._ended = True
+        self._answers.clear()
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _closed(self) -> None:
+        self._front.forget(self)
+        self._front.closed()
+
+
+def _parsed(kind: type[Message], data: bytes) -> Message | None:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return None
+
+
+class _Watch:
+    """One request, then whatever there is to tell."""
+
+    def __init__(
+        self, front: Front, exchange: Exchange, kind: type[Message], subscribe: Subscribe
+    ) -> None:
+        self._front, self._exchange = front, exchange
+        self._kind, self._subscribe = kind, subscribe
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self._answers: deque[bytes] = deque()
+        self._writing = self._ended = False
+        exchange.on_gone = self._gone
+        exchange.on_closed = self._closed
+        exchange.read(self._received)
+
+    def end(self) -> None:
+        if not self._ended:
+            self._gone()
+            self._exchange.end(Code.UNAVAILABLE.value[0], _DRAINING)
+
+    def _received(self, data: bytes | None) -> None:
+        request = None if data is None else _parsed(self._kind, data)
+        if self._ended:
+            return
+        if request is None:
+            self._gone()
+            words = f"the body is no {self._kind.DESCRIPTOR.full_name}"
+            self._exchange.end(Code.INVALID_ARGUMENT.value[0], words)
+            return
+        self._unsubscribe = self._subscribe(request, self._send)
+
+    def _send(self, message: Message) -> None:
+        self._answers.append(message.SerializeToString())
+        self._write()
+
+    def _write(self) -> None:
+        if self._answers and not self._writing and not self._ended:
+            self._writing = True
+            self._exchange.write(self._answers.popleft(), bool(self._answers), self._written)
+
+    def _written(self) -> None:
+        self._writing = False
+        self._write()
+
+    def _gone(self) -> None:
+        self._ended = True
+        self._unsubscribe()
+
+    def _closed(self) -> None:
+        self._front.forget(self)
+        self._front.closed()

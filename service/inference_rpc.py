@@ -5,23 +5,28 @@ https://github.com/kserve/open-inference-protocol. A model's one input takes UIN
 `[N, classes]`. Raw contents are answered with raw contents, typed ones with typed ones.
 """
 
-import asyncio
+import math
 import re
 import struct
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
-import grpc
 import numpy as np
 from google.protobuf.message import Message
 
 from protos import inference_pb2 as pb
 from service import bundle as bundles
 from service.batcher import Answer
-from service.errors import InvalidImage, InvalidRequest, NotReady, UnknownModel
+from service.errors import (
+    InferenceFailed,
+    InvalidImage,
+    InvalidRequest,
+    NotReady,
+    UnknownModel,
+)
 from service.front import Call, Front, Handler
 from service.images import Pixels
-from service.repository import Repository, Served
+from service.repository import Repository, Served, finite
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
@@ -34,24 +39,30 @@ _TYPED_VALUES = 65_536
 class InferenceRpc:
     """The handlers of the service `SERVICE`; `ready` says whether the whole server is."""
 
-    def __init__(self, repository: Repository, ready: Callable[[], bool]) -> None:
-        self._repository, self._ready = repository, ready
+    def __init__(
+        self,
+        repository: Repository,
+        ready: Callable[[], bool],
+        hold: Callable[[Call, int], None],
+    ) -> None:
+        """`hold` counts memory that a call is about to take: `Front.hold`."""
+        self._repository, self._ready, self._hold = repository, ready, hold
 
-    def handlers(self, front: Front) -> grpc.GenericRpcHandler:
+    def register(self, front: Front) -> None:
         calls: dict[str, tuple[type[Message], Handler]] = {
             "ServerLive": (pb.ServerLiveRequest, self.server_live),
             "ServerReady": (pb.ServerReadyRequest, self.server_ready),
             "ModelReady": (pb.ModelReadyRequest, self.model_ready),
             "ServerMetadata": (pb.ServerMetadataRequest, self.server_metadata),
             "ModelMetadata": (pb.ModelMetadataRequest, self.model_metadata),
-            "ModelInfer": (pb.ModelInferRequest, self.model_infer),
         }
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                name: front.unary(name, kind, handler, always=name != "ModelInfer")
-                for name, (kind, handler) in calls.items()
-            },
+        for name, (kind, handler) in calls.items():
+            front.unary(f"/{SERVICE}/{name}", kind, handler, always=True)
+        front.unary(
+            f"/{SERVICE}/ModelInfer",
+            pb.ModelInferRequest,
+            self.model_infer,
+            raw_field=pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER,
         )
 
     async def server_live(self, request: pb.ServerLiveRequest, call: Call) -> pb.ServerLiveResponse:
@@ -100,19 +111,35 @@ class InferenceRpc:
         served = self._get(request.model_name, request.model_version)
         call.model = served.name
         _check_outputs(request, served)
+        if request.parameters:
+            priority, receipt = _read_parameters(request, call)
+        else:
+            priority, receipt = 0, False
+        raw = call.raw or request.raw_input_contents
         # Typed pixels become Python's integers on their way: that may take seconds.
         if any(len(each.contents.uint_contents) > _TYPED_VALUES for each in request.inputs):
-            inputs = await asyncio.to_thread(_read_input, request, served)
+            inputs = await served.aside(lambda: _read_input(request, raw, served))
         else:
-            inputs = _read_input(request, served)
+            inputs = _read_input(request, raw, served)
+        decode_s = 0.0
         if isinstance(inputs, list):
-            decoded, _ = await served.decode(inputs)
+            self._hold(call, len(inputs) * served.image_bytes)
+            decoded, decode_s = await served.decode(inputs, call.deadline)
             for number, item in enumerate(decoded):
                 if isinstance(item, InvalidImage):
                     raise InvalidImage(f"image {number}: {item}")
             inputs = np.stack([item for item in decoded if not isinstance(item, InvalidImage)])
-        answer = await served.run(inputs, call.deadline)
-        return _respond(request, served, answer)
+        answer = await served.run(inputs, call.deadline, priority)
+        if not math.isfinite(answer.outputs.sum()):
+            failed = np.flatnonzero(~finite(answer)).tolist()
+            raise InferenceFailed(f"the model failed on image {', '.join(map(str, failed))}")
+        response = _respond(request, bool(raw), served, answer)
+        if receipt:
+            times = response.parameters
+            times["decode_s"].double_param, times["queue_s"].double_param = decode_s, answer.queue_s
+            times["run_s"].double_param = answer.run_s
+            times["batch_size"].int64_param = answer.batch_size
+        return response
 
     def _get(self, name: str, version: str) -> Served:
         if version and not _VERSION.fullmatch(version):
@@ -133,7 +160,32 @@ def _check_outputs(request: pb.ModelInferRequest, served: Served) -> None:
             )
 
 
-def _read_input(request: pb.ModelInferRequest, served: Served) -> Pixels | list[bytes | Pixels]:
+def _read_parameters(request: pb.ModelInferRequest, call: Call) -> tuple[int, bool]:
+    """The priority, and whether a receipt is wanted; limits the call to its `timeout`, in
+    microseconds. Others are for other servers.
+    """
+    timeout, priority = _integer(request, "timeout"), _integer(request, "priority")
+    if timeout:
+        call.limit(call.arrived + timeout / 1e6)
+    return priority, request.parameters[
+        "timings"
+    ].bool_param if "timings" in request.parameters else False
+
+
+def _integer(request: pb.ModelInferRequest, name: str) -> int:
+    if name not in request.parameters:
+        return 0
+    parameter = request.parameters[name]
+    kind = parameter.WhichOneof("parameter_choice")
+    value = getattr(parameter, kind) if kind in {"int64_param", "uint64_param"} else -1
+    if value < 0:
+        raise InvalidRequest(f"parameter {name!r}: expected an integer of at least 0")
+    return int(value)
+
+
+def _read_input(
+    request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], served: Served
+) -> Pixels | list[bytes | Pixels]:
     """Pixels uint8 [N, H, W, C], or N encoded images."""
     name, shape = served.manifest.input, served.manifest.pixels.shape
     if len(request.inputs) != 1 or request.inputs[0].name != name:
@@ -145,7 +197,6 @@ def _read_input(request: pb.ModelInferRequest, served: Served) -> Pixels | list[
             f"input parameters are not supported here: {', '.join(sorted(tensor.parameters))}; "
             "send the contents in the request"
         )
-    raw = request.raw_input_contents
     if len(raw) > 1 or (raw and tensor.HasField("contents")):
         raise InvalidRequest("raw_input_contents: one entry an input, and then no `contents`")
     given = list(tensor.shape)
@@ -182,7 +233,7 @@ def _read_typed(name: str, values: Sequence[int]) -> bytes:
     return bytes(pixels)
 
 
-def _read_bytes(raw: bytes, count: int) -> list[bytes]:
+def _read_bytes(raw: bytes | memoryview, count: int) -> list[bytes]:
     elements: list[bytes] = []
     position = 0
     while position < len(raw):
@@ -196,13 +247,13 @@ def _read_bytes(raw: bytes, count: int) -> list[bytes]:
             raise InvalidRequest(
                 f"raw BYTES: element {len(elements)} says {length} bytes, {len(raw) - position} are left"
             )
-        elements.append(raw[position : position + length])
+        elements.append(bytes(raw[position : position + length]))
         position += length
     return elements
 
 
 def _respond(
-    request: pb.ModelInferRequest, served: Served, answer: Answer
+    request: pb.ModelInferRequest, raw: bool, served: Served, answer: Answer
 ) -> pb.ModelInferResponse:
     response = pb.ModelInferResponse(
         model_name=served.name, model_version=str(served.version), id=request.id
@@ -210,7 +261,7 @@ def _respond(
     output = response.outputs.add(
         name=served.manifest.output, datatype="FP32", shape=answer.outputs.shape
     )
-    if request.raw_input_contents:
+    if raw:
         response.raw_output_contents.append(answer.outputs.astype("<f4", copy=False).tobytes())
     else:
         output.contents.fp32_contents.extend(answer.outputs.ravel().tolist())

@@ -1,100 +1,233 @@
-"""Every Prometheus object. The rest of the service hands in plain values.
+"""Every metric, as plain numbers that cost little to count, and can be added up over processes.
 
 Times are in seconds, sizes in bytes. Label values come from what is served, never from a caller.
+Each thread only touches samples of its own: nothing is locked.
 """
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    GCCollector,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-)
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 # 0.5 ms to 10 s, each step at most 2.5 times the one before.
 SECONDS = (
     0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05,
     0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0,
 )  # fmt: skip
-# Each counter would get a second series with the time of its first increment.
-disable_created_metrics()  # type: ignore[no-untyped-call]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+Labels = tuple[str, ...]
+
+
+class _Family(NamedTuple):
+    kind: str
+    help: str
+    labels: Labels
+    buckets: tuple[float, ...] = ()
+
+
+_FAMILIES = {
+    "requests": _Family(
+        "counter", "Requests answered, by gRPC status code; in streams each message.",
+        ("call", "model", "code"),
+    ),
+    "stage_seconds": _Family(
+        "histogram",
+        "Time of a request in each stage: decode, queue (waiting for the device), run (on it), "
+        "whole (arrival to answer).",
+        ("model", "stage"), SECONDS,
+    ),
+    "requests_in_flight": _Family("gauge", "Requests being worked on.", ()),
+    "held_bytes": _Family("gauge", "Bytes of requests and their pixels that are worked on.", ()),
+    "images": _Family(
+        "counter",
+        "Images by outcome: ok, invalid (could not be read), failed, refused (too much was waiting), "
+        "late (the deadline passed first), cancelled.",
+        ("model", "outcome"),
+    ),
+    "batch_size": _Family("histogram", "Images in each run on the device.", ("model",), ROWS),
+    "batch_seconds": _Family("histogram", "Time of each run on the device.", ("model",), SECONDS),
+    "batch_failures": _Family("counter", "Runs on the device that failed.", ("model",)),
+    "rows_run_after_deadline": _Family(
+        "counter", "Images that cost device time though nobody waited any more: stays 0.", ("model",)
+    ),
+    "model_info": _Family(
+        "gauge", "1 for each model and version that serves.",
+        ("model", "version", "sha256", "device"),
+    ),
+    "model_broken_versions": _Family(
+        "gauge", "Versions in the models folder that were refused; the log says why.", ("model",)
+    ),
+    "cpu_budget_cores": _Family("gauge", "Cores that may be used, by cgroup and affinity.", ()),
+    "threads": _Family(
+        "gauge", "How the cores are shared out: processes and threads by role.", ("role",)
+    ),
+    "process_starts": _Family(
+        "counter", "Starts of each of the processes; over 1, one has died and was replaced.",
+        ("process",),
+    ),
+}  # fmt: skip
+
+
+class Histogram:
+    """Counts of values by bucket, and their sum."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+# What one process counted: family -> (labels, number or counts and sum).
+Snapshot = dict[str, list[tuple[Labels, float | tuple[list[int], float]]]]
+
 
 class Metrics:
-    """The metrics of one process, in a registry of its own."""
+    """The metrics of one process. Plain values are handed in."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
-        GCCollector(registry=registry)
-        self._requests = Counter(
-            "convoy_requests", "Requests answered, by gRPC status code; in streams each message.",
-            ["call", "model", "code"], registry=registry,
-        )  # fmt: skip
-        self._stages = Histogram(
-            "convoy_stage_seconds",
-            "Time of a request in each stage: decode, queue (waiting for the device), run (on it), "
-            "whole (arrival to answer).",
-            ["model", "stage"], buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self._in_flight = Gauge(
-            "convoy_requests_in_flight", "Requests being worked on.", registry=registry
-        )
-        self._images = Counter(
-            "convoy_images", "Images by outcome: ok, invalid (could not be read), failed, cancelled.",
-            ["model", "outcome"], registry=registry,
-        )  # fmt: skip
-        self._batch_rows = Histogram(
-            "convoy_batch_size", "Images in each run on the device.",
-            ["model"], buckets=ROWS, registry=registry,
-        )  # fmt: skip
-        self._batch_seconds = Histogram(
-            "convoy_batch_seconds", "Time of each run on the device.",
-            ["model"], buckets=SECONDS, registry=registry,
-        )  # fmt: skip
-        self._batch_failures = Counter(
-            "convoy_batch_failures", "Runs on the device that failed.", ["model"], registry=registry
-        )
-        self._info = Gauge(
-            "convoy_model_info", "1 for each model and version that serves.",
-            ["model", "version", "sha256", "device"], registry=registry,
-        )  # fmt: skip
-        self._broken = Gauge(
-            "convoy_model_broken_versions",
-            "Versions in the models folder that were refused; the log says why.",
-            ["model"], registry=registry,
-        )  # fmt: skip
-
-    def started(self) -> None:
-        self._in_flight.inc()
+        self._numbers: dict[str, dict[Labels, float]] = {
+            name: {} for name, family in _FAMILIES.items() if family.kind != "histogram"
+        }
+        self._histograms: dict[str, dict[Labels, Histogram]] = {
+            name: {} for name, family in _FAMILIES.items() if family.kind == "histogram"
+        }
+        self._requests, self._images = self._numbers["requests"], self._numbers["images"]
+        self._stages = self._histograms["stage_seconds"]
+        self.in_flight: Callable[[], int] = int
+        self.held_bytes: Callable[[], int] = int
 
     def finished(self, call: str, model: str, code: str, whole_s: float) -> None:
-        self._in_flight.dec()
-        self._requests.labels(call, model, code).inc()
+        _add(self._requests, (call, model, code), 1)
         if model:
             self.stage(model, "whole", whole_s)
 
     def stage(self, model: str, stage: str, seconds: float) -> None:
-        self._stages.labels(model, stage).observe(seconds)
+        self._observe("stage_seconds", (model, stage), seconds)
 
     def images(self, model: str, outcome: str, count: int) -> None:
         if count:
-            self._images.labels(model, outcome).inc(count)
+            _add(self._images, (model, outcome), count)
 
-    def batch(self, model: str, rows: int, seconds: float, failed: bool) -> None:
-        self._batch_rows.labels(model).observe(rows)
-        self._batch_seconds.labels(model).observe(seconds)
-        if failed:
-            self._batch_failures.labels(model).inc()
+    def batch(self, model: str, rows: int, seconds: float, failed: bool, late_rows: int) -> None:
+        self._observe("batch_size", (model,), rows)
+        self._observe("batch_seconds", (model,), seconds)
+        _add(self._numbers["batch_failures"], (model,), failed)
+        _add(self._numbers["rows_run_after_deadline"], (model,), late_rows)
 
     def serving(self, model: str, version: int, sha256: str, device: str) -> None:
-        self._info.labels(model, str(version), sha256, device).set(1)
+        self._numbers["model_info"][model, str(version), sha256, device] = 1
 
     def broken_versions(self, model: str, count: int) -> None:
-        self._broken.labels(model).set(count)
+        self._numbers["model_broken_versions"][model,] = count
+
+    def budget(self, cores: float, **roles: int) -> None:
+        self._numbers["cpu_budget_cores"][()] = cores
+        for role, count in roles.items():
+            self._numbers["threads"][role,] = count
+
+    def process_started(self, process: str) -> None:
+        _add(self._numbers["process_starts"], (process,), 1)
+
+    def _observe(self, name: str, labels: Labels, value: float) -> None:
+        histograms = self._histograms[name]
+        histogram = histograms.get(labels)
+        if histogram is None:
+            histogram = histograms[labels] = Histogram(_FAMILIES[name].buckets)
+        histogram.observe(value)
+
+    def snapshot(self) -> Snapshot:
+        """Everything as it is now; may be called from any thread."""
+        self._numbers["requests_in_flight"][()] = self.in_flight()
+        self._numbers["held_bytes"][()] = self.held_bytes()
+        # Lists first: what they are made of may get entries meanwhile.
+        taken: Snapshot = {name: list(values.items()) for name, values in self._numbers.items()}
+        for name, histograms in self._histograms.items():
+            taken[name] = [(k, (list(h.counts), h.sum)) for k, h in list(histograms.items())]
+        return taken
+
+
+def _add(numbers: dict[Labels, float], labels: Labels, count: float) -> None:
+    numbers[labels] = numbers.get(labels, 0) + count
+
+
+# Gauges of which every process tells the same; of the others, what the processes have is added up.
+_SAME = frozenset({"model_info", "model_broken_versions", "cpu_budget_cores", "threads"})
+
+
+def merge(snapshots: Iterable[Snapshot], dead: Iterable[Snapshot] = ()) -> Snapshot:
+    """What several processes counted, as if one had. Of the `dead`, what was counted stays and what
+    is merely so now (gauges) is gone.
+    """
+    total: dict[str, dict[Labels, Any]] = {name: {} for name in _FAMILIES}
+    tagged = [(each, True) for each in snapshots] + [(each, False) for each in dead]
+    for snapshot, alive in tagged:
+        for name, values in snapshot.items():
+            family, into = _FAMILIES[name], total[name]
+            if family.kind == "gauge" and not alive:
+                continue
+            for each, value in values:
+                labels = tuple(each)
+                if isinstance(value, (int, float)):
+                    known = into.get(labels, 0)
+                    into[labels] = max(known, value) if name in _SAME else known + value
+                else:
+                    counts, sum_ = into.get(labels, ([0] * len(value[0]), 0.0))
+                    added = [a + b for a, b in zip(counts, value[0], strict=True)]
+                    into[labels] = (added, sum_ + value[1])
+    return {name: list(values.items()) for name, values in total.items()}
+
+
+class _Convoy(Collector):
+    """Families for Prometheus from a snapshot taken when they are asked for."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        for name, values in self._snapshot().items():
+            family = _FAMILIES[name]
+            full = f"convoy_{name}"
+            if family.kind == "histogram":
+                histogram = HistogramMetricFamily(full, family.help, labels=family.labels)
+                for labels, value in values:
+                    assert isinstance(value, tuple)
+                    histogram.add_metric(labels, _buckets(family.buckets, value[0]), value[1])
+                yield histogram
+                continue
+            kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+            metric = kind(full, family.help, labels=family.labels)
+            for labels, value in values:
+                assert isinstance(value, (int, float))
+                metric.add_metric(labels, value)
+            yield metric
+
+
+def _buckets(bounds: tuple[float, ...], counts: list[int]) -> list[tuple[str, float]]:
+    """Prometheus counts every value in each bucket whose bound is not below it."""
+    below, buckets = 0, []
+    for bound, count in zip([*map(str, map(float, bounds)), "+Inf"], counts, strict=True):
+        below += count
+        buckets.append((bound, float(below)))
+    return buckets
+
+
+def registry(snapshot: Callable[[], Snapshot]) -> CollectorRegistry:
+    """What /metrics shows: `snapshot()`, and the process that shows it."""
+    made = CollectorRegistry()
+    ProcessCollector(registry=made)
+    PlatformCollector(registry=made)
+    GCCollector(registry=made)
+    made.register(_Convoy(snapshot))
+    return made

@@ -1,5 +1,8 @@
 """One loaded version: the session on its device, its warm-up, its proof, and `run`."""
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 import onnxruntime as ort
 
@@ -14,6 +17,9 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Probabilities of the same file may differ by rounding between processors and batch sizes (parity
 # at export is below 1e-5); a wrong file, device or layout is off by far more than this.
 GOLDEN_TOLERANCE = 1e-3
+
+# How long, and how often, batches are timed before a version serves.
+_MEASURE_S, _MEASURED_RUNS = 1.0, 3
 
 
 class Model:
@@ -142,6 +148,25 @@ class Model:
                         f"{bundle.folder}: on {self.device} at batch size {len(chosen)} its answers to "
                         f"the golden inputs are off by {difference:.3g} (allowed {GOLDEN_TOLERANCE:g})"
                     )
+
+    def measure(self, bundle: Bundle, record: Callable[[int, float], None]) -> None:
+        """Tells `record` how many seconds batches take: of one, of the largest size, and of those
+        between as long as that takes no longer than a second in all.
+        """
+        largest, pixels = bundle.manifest.max_batch_size, bundle.golden.pixels
+        between = [1 << n for n in range(1, (largest - 1).bit_length())]
+        ends = time.perf_counter() + _MEASURE_S
+        for size in dict.fromkeys((1, largest, *between)):
+            rows = np.resize(pixels, (size, *pixels.shape[1:]))
+            for _ in range(_MEASURED_RUNS):
+                began = time.perf_counter()
+                self.run(rows)
+                now = time.perf_counter()
+                record(size, now - began)
+                if now > ends:
+                    break
+            if now > ends and size not in (1, largest):
+                return
 
     def run(self, pixels: Pixels) -> Probabilities:
         """Probabilities float32 `[N, classes]` of `pixels` uint8 `[N, H, W, C]`.

@@ -1,62 +1,63 @@
 """Which models and versions exist, which one serves, and how images get through it."""
 
-import asyncio
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from service import bundle as bundles
 from service import images
-from service.batcher import Answer, Batch, Batcher
+from service.batcher import Answer, Batch, Batcher, BatchTimes
 from service.bundle import Bundle
-from service.cpu import whole_cores
+from service.cpu import Budget
 from service.errors import (
     BrokenVersion,
-    InferenceFailed,
+    Cancelled,
+    DeadlineExceeded,
     InvalidImage,
     InvalidRequest,
     NotReady,
+    Overloaded,
     UnknownModel,
 )
 from service.images import Pixels
 from service.metrics import Metrics
 from service.model import Model
 from service.settings import Settings
+from service.task import Done, Wait
+
+_DECODE_JOBS = 32
+
+T = TypeVar("T")
 
 log = logging.getLogger("convoy.repository")
 
 
 class Served:
-    """A version that answers: its model, its batcher, and the pool that decodes for it."""
+    """A version that answers: its batcher, and the pool that decodes for it."""
 
     def __init__(
         self,
         bundle: Bundle,
-        model: Model,
+        device: str,
+        batcher: Batcher,
         decoders: ThreadPoolExecutor,
         metrics: Metrics,
         settings: Settings,
-        on_bug: Callable[[BaseException], None],
     ) -> None:
-        self.bundle, self.model = bundle, model
+        self.bundle, self.device, self.batcher = bundle, device, batcher
         self.name, self.version, self.manifest = bundle.name, bundle.version, bundle.manifest
         self._decoders, self._metrics, self._settings = decoders, metrics, settings
-        self._batcher = Batcher(
-            model.run,
-            self.manifest.pixels.shape,
-            self.manifest.max_batch_size,
-            on_batch=self._record,
-            on_bug=on_bug,
-            name=f"batcher {self.name}/{self.version}",
-        )
-
-    def _record(self, batch: Batch) -> None:
-        self._metrics.batch(self.name, batch.rows, batch.run_s, batch.failed)
+        self.image_bytes = math.prod(self.manifest.pixels.shape)
 
     def check_count(self, images: int) -> None:
         """Raises InvalidRequest where these are too many for one request."""
@@ -67,62 +68,159 @@ class Served:
             )
 
     async def decode(
-        self, inputs: Sequence[bytes | Pixels | InvalidImage]
+        self, inputs: Sequence[bytes | Pixels | InvalidImage], deadline: float | None
     ) -> tuple[list[Pixels | InvalidImage], float]:
         """Each input as uint8 `[H, W, C]` pixels of the model's size, or why it can't be read; and
         the seconds until the last was done. Encoded images and pixels may be mixed; one that is
         known to be invalid stays so.
+
+        Raises Overloaded, before it decodes any, where they could not be answered in time.
         """
-        began = time.monotonic()
-        loop, target = asyncio.get_running_loop(), self.manifest.pixels
-
-        async def one(item: bytes | Pixels | InvalidImage) -> Pixels | InvalidImage:
-            if isinstance(item, InvalidImage):
-                return item
-            try:
-                if isinstance(item, bytes):
-                    return await loop.run_in_executor(
-                        self._decoders, images.decode, item, target, self._settings.max_megapixels
-                    )
-                if item.shape == target.shape:
-                    return item
-                return await loop.run_in_executor(
-                    self._decoders, images.prepare, item, target, self._settings.max_megapixels
-                )
-            except InvalidImage as error:
-                return error
-
-        decoded = await asyncio.gather(*map(one, inputs))
+        began, shape = time.monotonic(), self.manifest.pixels.shape
+        decoded: list[Pixels | InvalidImage]
+        if all(isinstance(item, np.ndarray) and item.shape == shape for item in inputs):
+            decoded = list(inputs)  # type: ignore[arg-type]
+        else:
+            self._check_time(len(inputs), deadline)
+            decode = partial(_decode, self.manifest.pixels, self._settings.max_megapixels)
+            decoded = await Wait(
+                lambda done: _Decoding(inputs, decode, self._decoders, deadline, done)
+            )
         seconds = time.monotonic() - began
         self._metrics.stage(self.name, "decode", seconds)
         invalid = sum(isinstance(item, InvalidImage) for item in decoded)
         self._metrics.images(self.name, "invalid", invalid)
         return decoded, seconds
 
-    async def run(self, pixels: Pixels, deadline: float | None) -> Answer:
-        """Probabilities float32 `[N, classes]` of `pixels` uint8 `[N, H, W, C]`, N at least 1.
+    async def aside(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, done on the pool: what would keep other calls waiting."""
+        result: T = await Wait(lambda done: _Aside(work, self._decoders, done))
+        return result
 
-        `deadline` is on `time.monotonic`'s clock. Raises DeadlineExceeded, InferenceFailed, NotReady.
+    def _check_time(self, images: int, deadline: float | None) -> None:
+        wait_s = self.batcher.wait_s(images)
+        left_s = math.inf if deadline is None else deadline - time.monotonic()
+        if wait_s > left_s:
+            self._metrics.images(self.name, "refused", images)
+            raise Overloaded(
+                f"this would take about {wait_s:.2g} s, the deadline leaves {left_s:.2g} s: "
+                "back off, then retry",
+                wait_s - left_s,
+            )
+
+    async def run(self, pixels: Pixels, deadline: float | None, priority: int = 0) -> Answer:
+        """Probabilities float32 `[N, classes]` of `pixels` uint8 `[N, H, W, C]`, N at least 1; NaN
+        in the rows that the model failed on.
+
+        `deadline` is on `time.monotonic`'s clock. Raises Overloaded, DeadlineExceeded, Cancelled,
+        InferenceFailed, NotReady.
         """
-        outcome = "failed"
+        submit, metrics, name = self.batcher.submit, self._metrics, self.name
         try:
-            answer = await asyncio.wrap_future(self._batcher.submit(pixels, deadline))
-            if not np.isfinite(answer.outputs).all():
-                log.error("%s/%d gave NaN or infinity", self.name, self.version)
-                raise InferenceFailed("the model gave no number for one of these images")
-            outcome = "ok"
-        except asyncio.CancelledError:
-            outcome = "cancelled"
+            answer = await Wait[Answer](
+                lambda done: submit(pixels, done, deadline=deadline, priority=priority)
+            )
+        except Exception as error:
+            outcome = _OUTCOMES.get(type(error), "failed")
+            metrics.images(name, outcome, len(pixels))
             raise
-        finally:
-            self._metrics.images(self.name, outcome, len(pixels))
-        self._metrics.stage(self.name, "queue", answer.queue_s)
-        self._metrics.stage(self.name, "run", answer.run_s)
+        # NaN anywhere makes the sum NaN: one look instead of one at each number.
+        total = answer.outputs.sum()
+        failed = 0 if math.isfinite(total) else int((~finite(answer)).sum())
+        metrics.images(name, "ok", len(pixels) - failed)
+        metrics.images(name, "failed", failed)
+        metrics.stage(name, "queue", answer.queue_s)
+        metrics.stage(name, "run", answer.run_s)
         return answer
 
     def close(self) -> None:
         """Finishes what waits."""
-        self._batcher.close()
+        self.batcher.close()
+
+
+_OUTCOMES: dict[type[Exception], str] = {
+    Overloaded: "refused",
+    DeadlineExceeded: "late",
+    Cancelled: "cancelled",
+}
+
+
+def finite(answer: Answer) -> npt.NDArray[np.bool_]:
+    """Of each row, whether the model answered it."""
+    good: npt.NDArray[np.bool_] = np.asarray(np.isfinite(answer.outputs).all(axis=1))
+    return good
+
+
+def _decode(
+    target: images.Target, max_megapixels: float, item: bytes | Pixels | InvalidImage
+) -> Pixels | InvalidImage:
+    try:
+        if isinstance(item, bytes):
+            return images.decode(item, target, max_megapixels)
+        if isinstance(item, InvalidImage):
+            return item
+        return images.prepare(item, target, max_megapixels)
+    except InvalidImage as error:
+        return error
+
+
+class _Aside:
+    def __init__(self, work: Callable[[], T], pool: ThreadPoolExecutor, done: Done[T]) -> None:
+        def run() -> None:
+            try:
+                done(work())
+            except Exception as error:
+                done(error)
+
+        pool.submit(run)
+
+    def cancel(self) -> None:
+        """It is not waited for in vain: what is begun is finished."""
+
+
+class _Decoding:
+    """The images of one request on their way through the pool, a few jobs of neighbours each."""
+
+    def __init__(
+        self,
+        inputs: Sequence[bytes | Pixels | InvalidImage],
+        decode: Callable[[bytes | Pixels | InvalidImage], Pixels | InvalidImage],
+        pool: ThreadPoolExecutor,
+        deadline: float | None,
+        done: Done[list[Pixels | InvalidImage]],
+    ) -> None:
+        self._inputs, self._decode, self._done = inputs, decode, done
+        self._deadline = math.inf if deadline is None else deadline
+        self._decoded: list[Any] = [None] * len(inputs)
+        self._lock = threading.Lock()
+        self._error: Exception | None = None
+        # Images of a request are decoded side by side; more jobs than these would only cost.
+        size = -(-len(inputs) // _DECODE_JOBS)
+        starts = range(0, len(inputs), size)
+        self._jobs = len(starts)
+        for start in starts:
+            pool.submit(self._work, start, start + size)
+
+    def cancel(self) -> None:
+        """Those that are not begun are left out; `done` hears Cancelled when the others are over."""
+        self._error = Cancelled("the caller hung up")
+
+    def _work(self, start: int, stop: int) -> None:
+        try:
+            for number in range(start, min(stop, len(self._inputs))):
+                if self._error is None and time.monotonic() >= self._deadline:
+                    self._error = DeadlineExceeded("the deadline passed while images were decoded")
+                if self._error is not None:
+                    break
+                self._decoded[number] = self._decode(self._inputs[number])
+        # A bug is the request's, not the pool's, which would keep it to itself.
+        except Exception as error:
+            self._error = error
+        with self._lock:
+            self._jobs -= 1
+            last = not self._jobs
+        if last:
+            self._done(self._error or self._decoded)
 
 
 @dataclass
@@ -141,6 +239,7 @@ class Repository:
         self,
         folder: Path,
         settings: Settings,
+        budget: Budget,
         metrics: Metrics,
         on_bug: Callable[[BaseException], None] = lambda bug: None,
         stopping: Callable[[], bool] = lambda: False,
@@ -149,10 +248,9 @@ class Repository:
         be served.
         """
         self.folder = folder
-        self._settings, self._metrics, self._on_bug = settings, metrics, on_bug
-        self._decoders = ThreadPoolExecutor(
-            settings.decode_threads or whole_cores(), thread_name_prefix="decode"
-        )
+        self._settings, self._budget = settings, budget
+        self._metrics, self._on_bug = metrics, on_bug
+        self._decoders = ThreadPoolExecutor(budget.decode_threads, thread_name_prefix="decode")
         self._entries: dict[str, Entry] = {}
         for name in bundles.names(folder):
             if stopping():
@@ -186,26 +284,43 @@ class Repository:
         for version in reversed(bundles.versions(self.folder / name)):
             try:
                 bundle = bundles.read(self.folder / name / str(version))
-                model = Model.load(bundle, self._settings.device, self._settings.run_threads)
-                served = Served(
-                    bundle,
-                    model,
-                    self._decoders,
-                    self._metrics,
-                    self._settings,
-                    self._on_bug,
-                )
+                model = Model.load(bundle, self._settings.device, self._budget.run_threads)
+                batcher = self._batcher(bundle, model)
             # Whatever is wrong with one version, the others and the other models can be served.
             except Exception as error:
                 unforeseen = None if isinstance(error, BrokenVersion) else error
                 log.error("%s/%d is not served: %s", name, version, error, exc_info=unforeseen)
                 reasons.append(str(error) or repr(error))
                 continue
+            served = Served(
+                bundle, model.device, batcher, self._decoders, self._metrics, self._settings
+            )
             self._metrics.serving(name, version, bundle.sha256, model.device)
             self._metrics.broken_versions(name, len(reasons))
             return Entry(name, served, reasons[0] if reasons else "")
         self._metrics.broken_versions(name, len(reasons))
         return Entry(name, None, reasons[0])
+
+    def _batcher(self, bundle: Bundle, model: Model) -> Batcher:
+        """The batcher of a model that has proved itself, which knows how long batches take."""
+        name, size = bundle.name, bundle.manifest.max_batch_size
+        times = BatchTimes(size)
+        model.measure(bundle, times.record)
+
+        def record(batch: Batch) -> None:
+            self._metrics.batch(name, batch.rows, batch.run_s, batch.failed, batch.late_rows)
+
+        return Batcher(
+            model.run,
+            bundle.manifest.pixels.shape,
+            size,
+            times=times,
+            max_wait_s=self._settings.max_wait_s,
+            deterministic=self._settings.deterministic,
+            on_batch=record,
+            on_bug=self._on_bug,
+            name=f"batcher {name}/{bundle.version}",
+        )
 
     def get(self, name: str, version: int = 0) -> Served:
         """What answers for model `name` (empty: the only one there is), `version` (0: any).

@@ -1,6 +1,5 @@
 """The life of one process: load and prove the models, open, be ready, drain, stop."""
 
-import asyncio
 import logging
 import os
 import signal
@@ -13,25 +12,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
-from grpc_health.v1.health import aio as health
-from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from service import classifier_rpc, inference_rpc
+from service import classifier_rpc, inference_rpc, metrics, transport
+from service.batcher import Batcher
 from service.classifier_rpc import ClassifierRpc
+from service.cpu import split, usable_cores
 from service.errors import ConvoyError
 from service.front import Front
+from service.health import Health, add_reflection
 from service.inference_rpc import InferenceRpc
 from service.metrics import Metrics
-from service.repository import Repository
+from service.repository import Repository, Served
 from service.settings import Settings, default_models
 
 log = logging.getLogger("convoy.server")
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# On one core, batches this short run between two calls; longer ones would keep callers waiting.
+_SHORT_S = 0.02
 
 
 def serve(settings: Settings) -> int:
@@ -45,64 +45,90 @@ def serve(settings: Settings) -> int:
         stream=sys.stderr,
     )
     try:
-        return asyncio.run(_Server(settings).run())
+        return _Process(settings).run()
     except (ConvoyError, OSError) as error:
         log.error("%s", error)
         return 1
 
 
-class _Server:
+class _Process:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._metrics = Metrics()
-        self._ready = False
-        self._stopping = asyncio.Event()
-        self._signals: list[signal.Signals] = []
+        self._acceptor: Acceptor | None = None
+        self._signals: list[int] = []
         self._bug: BaseException | None = None
 
-    async def run(self) -> int:
-        self._loop = asyncio.get_running_loop()
+    def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._on_signal, number)
+            signal.signal(number, self._on_signal)
         settings = self._settings
-        http = _serve_http(settings.host, settings.metrics_port, self._metrics, lambda: self._ready)
+        budget = split(usable_cores(), 1, 1, settings.decode_threads, settings.run_threads)
+        log.info("%s", budget)
+        registry = metrics.registry(self._metrics.snapshot)
+        http = _serve_http(settings.host, settings.metrics_port, registry, self._ready)
         try:
-            # On a thread, so that signals and /healthz are answered while large models load.
-            repository = await asyncio.to_thread(
-                Repository,
+            repository = Repository(
                 settings.models or default_models(),
                 settings,
+                budget,
                 self._metrics,
                 self._on_bug,
-                self._stopping.is_set,
+                lambda: bool(self._signals),
             )
             try:
-                if not self._stopping.is_set():  # a signal may have come while models loaded
-                    await self._serve(repository, http.server_port)
+                if not self._signals:  # one may have come while models loaded
+                    acceptor = Acceptor(settings, repository, self._metrics)
+                    port = acceptor.bind()
+                    self._acceptor = acceptor
+                    acceptor.run(lambda: self._tell_ready(repository, port, http.server_port))
             finally:
-                await asyncio.to_thread(repository.close)
+                repository.close()
         finally:
             http.shutdown()
             http.server_close()
         return 1 if self._bug else 0
 
-    def _on_signal(self, number: signal.Signals) -> None:
+    def _ready(self) -> bool:
+        return self._acceptor is not None and self._acceptor.ready
+
+    def _tell_ready(self, repository: Repository, port: int, http_port: int) -> None:
+        host = _bracketed(self._settings.host)
+        log.info(
+            "ready in %.2f s: %s; gRPC on %s:%d, metrics on http://%s:%d/metrics",
+            _process_age_s(),
+            ", ".join(
+                f"{entry.name}/{entry.served.version} on {entry.served.device}"
+                for entry in repository.entries()
+                if entry.served
+            ),
+            host, port, host, http_port,
+        )  # fmt: skip
+
+    def _on_signal(self, number: int, _: object) -> None:
         self._signals.append(number)
         if len(self._signals) > 1:
             log.warning("second signal: stopping at once")
             os._exit(128 + number)
-        self._stopping.set()
+        if self._acceptor:
+            self._acceptor.stop(
+                self._settings.shutdown_delay_s if number == signal.SIGTERM else 0.0
+            )
 
     def _on_bug(self, bug: BaseException) -> None:
         self._bug = bug
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        if self._acceptor:
+            self._acceptor.stop(0.0)
 
-    async def _serve(self, repository: Repository, http_port: int) -> None:
-        settings = self._settings
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+
+class Acceptor:
+    """Takes calls from being ready until it has drained."""
+
+    def __init__(self, settings: Settings, repository: Repository, metrics: Metrics) -> None:
+        self._settings, self._repository = settings, repository
         max_bytes = int(settings.max_request_mb * 1e6)
-        server = grpc.aio.server(
-            options=[
+        self._loop = transport.server(
+            [
                 # Above our own limit, which answers INVALID_ARGUMENT: the library's own answer,
                 # RESOURCE_EXHAUSTED, invites retries.
                 ("grpc.max_receive_message_length", 2 * max_bytes),
@@ -113,67 +139,122 @@ class _Server:
                 # now and then, from 3000 on always. Ours is RESOURCE_EXHAUSTED, and is counted.
                 ("grpc.server.max_pending_requests", 100_000),
                 ("grpc.server.max_pending_requests_hard_limit", 200_000),
-            ]
+            ],
+            public=settings.front == "public",
         )
-        # Beside its images a request has a few fields of its own.
-        max_parts = settings.max_images + 1000
-        front = Front(self._metrics, max_bytes, settings.max_in_flight, max_parts)
-        checker = health.HealthServicer()
-        names = [classifier_rpc.SERVICE, inference_rpc.SERVICE]
-        server.add_generic_rpc_handlers(
-            (
-                ClassifierRpc(repository).handlers(front),
-                InferenceRpc(repository, lambda: self._ready).handlers(front),
-            )
+        self._front = front = Front(
+            self._loop,
+            metrics,
+            max_request_bytes=max_bytes,
+            max_in_flight=settings.max_in_flight,
+            max_held_bytes=int(settings.max_held_mb * 1e6),
+            # Beside its images a request has a few fields of its own.
+            max_parts=settings.max_images + 1000,
         )
-        health_pb2_grpc.add_HealthServicer_to_server(checker, server)
-        reflection.enable_server_reflection([*names, HEALTH, reflection.SERVICE_NAME], server)
+        self.ready = self._stopping = False
+        self._health = Health(front)
+        ClassifierRpc(repository, front.hold).register(front)
+        InferenceRpc(repository, lambda: self.ready, front.hold).register(front)
+        add_reflection(front, [classifier_rpc.SERVICE, inference_rpc.SERVICE, HEALTH])
+        self._runs_here: list[Batcher] = []
+
+    def bind(self) -> int:
+        """The port it listens on. Raises ConvoyError where it can't."""
+        settings = self._settings
         try:
-            port = server.add_insecure_port(f"{host}:{settings.port}")
+            return self._loop.bind(
+                f"{_bracketed(settings.host)}:{settings.port}", _credentials(settings)
+            )
         # gRPC does not say why; HTTP could listen on this host, so it must be the port.
         except RuntimeError:
             reason = "it is taken, or not ours"
             raise _no_port(settings.host, settings.port, "--port", reason) from None
-        await server.start()
 
-        entries = repository.entries()
-        # "" is the process itself: it stays SERVING while it drains, or probes would kill it.
-        await checker.set("", _SERVING)
-        for entry in entries:
-            await checker.set(entry.name, _SERVING if entry.served else _NOT_SERVING)
-        for name in names:
-            await checker.set(name, _SERVING)
-        self._ready = True
-        log.info(
-            "ready in %.2f s: %s; gRPC on %s:%d, metrics on http://%s:%d/metrics",
-            _process_age_s(),
-            ", ".join(
-                f"{entry.name}/{entry.served.version} on {entry.served.model.device}"
-                for entry in entries
-                if entry.served
-            ),
-            host,
-            port,
-            host,
-            http_port,
-        )
-
-        await self._stopping.wait()
-        self._ready = False
-        for name in [*names, *(entry.name for entry in entries)]:
-            await checker.set(name, _NOT_SERVING)
-        if self._signals == [signal.SIGTERM] and settings.shutdown_delay_s:
-            log.info("SIGTERM: not ready; still answering for %g s", settings.shutdown_delay_s)
-            await asyncio.sleep(settings.shutdown_delay_s)
-        log.info("draining, for at most %g s", settings.drain_grace_s)
-        # The first stop refuses new calls. It would wait for the streams of Watch until its grace is
-        # over, so the second ends it as soon as none of our calls is left, or their grace is over.
-        # Were both to end at once, grpc would cancel the calls of a server it has destroyed.
-        closing = asyncio.create_task(server.stop(settings.drain_grace_s + 3600))
-        drained = await front.drain(settings.drain_grace_s)
-        await server.stop(0.1 if drained else 0)
-        await closing
+    def run(self, on_ready: Callable[[], None]) -> None:
+        """Serves until it was stopped and has drained."""
+        for entry in self._repository.entries():
+            if entry.served:
+                self._start(entry.served)
+        self._loop.waiting, self._loop.step = self._waiting, self._run_batches
+        self._loop.post(lambda: self._open(on_ready))
+        self._loop.run()
         log.info("stopped")
+
+    def stop(self, delay_s: float) -> None:
+        """From any thread: is no longer ready, drains after `delay_s`, then `run` returns."""
+        self._loop.post(lambda: self._withdraw(delay_s))
+
+    def _start(self, served: Served) -> None:
+        batcher = served.batcher
+        if usable_cores() < 2 and batcher.wait_s(served.manifest.max_batch_size) < _SHORT_S:
+            self._runs_here.append(batcher)
+        else:
+            batcher.start()
+
+    def _waiting(self) -> bool:
+        for batcher in self._runs_here:  # noqa: SIM110 (a generator costs more than the look)
+            if batcher.waiting:
+                return True
+        return False
+
+    def _run_batches(self) -> None:
+        for batcher in self._runs_here:
+            batcher.run_next()
+
+    def _open(self, on_ready: Callable[[], None]) -> None:
+        # "" is the process itself: it stays SERVING while it drains, or probes would kill it.
+        self._health.set("", True)
+        for entry in self._repository.entries():
+            self._health.set(entry.name, entry.served is not None)
+        for name in (classifier_rpc.SERVICE, inference_rpc.SERVICE):
+            self._health.set(name, True)
+        self.ready = True
+        on_ready()
+
+    def _withdraw(self, delay_s: float) -> None:
+        if self._stopping:
+            return
+        self._stopping, self.ready = True, False
+        names = [entry.name for entry in self._repository.entries()]
+        for name in (classifier_rpc.SERVICE, inference_rpc.SERVICE, *names):
+            self._health.set(name, False)
+        if delay_s:
+            log.info("not ready; still answering for %g s", delay_s)
+        self._loop.at(time.monotonic() + delay_s, self._drain)
+
+    def _drain(self) -> None:
+        grace_s = self._settings.drain_grace_s
+        log.info("draining, for at most %g s", grace_s)
+        self._loop.at(time.monotonic() + grace_s, self._cut_off)
+        self._front.drain(self._end)
+
+    def _cut_off(self) -> None:
+        log.warning(
+            "%d calls were cut off after %g s", self._front.close(), self._settings.drain_grace_s
+        )
+        self._loop.stop()
+
+    def _end(self) -> None:
+        self._front.close()
+        self._loop.stop()
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """For TLS. Raises ConvoyError where the settings or files are incomplete."""
+    certificate, key, ca = settings.tls_certificate, settings.tls_key, settings.tls_client_ca
+    if not (certificate or key or ca):
+        return None
+    if not (certificate and key):
+        raise ConvoyError("TLS needs both --tls-certificate and --tls-key")
+    return grpc.ssl_server_credentials(
+        [(key.read_bytes(), certificate.read_bytes())],
+        ca.read_bytes() if ca else None,
+        require_client_auth=ca is not None,
+    )
 
 
 def _no_port(host: str, port: int, flag: str, reason: str) -> ConvoyError:
@@ -189,7 +270,7 @@ def _process_age_s() -> float:
 
 
 def _serve_http(
-    host: str, port: int, metrics: Metrics, ready: Callable[[], bool]
+    host: str, port: int, registry: CollectorRegistry, ready: Callable[[], bool]
 ) -> ThreadingHTTPServer:
     """/metrics, /healthz (the process lives) and /readyz (send it requests), on a thread."""
 
@@ -201,7 +282,7 @@ def _serve_http(
             path = self.path.partition("?")[0]
             if path == "/metrics":
                 encode, kind = choose_encoder(self.headers.get("Accept", ""))
-                self._respond(200, kind, encode(metrics.registry))
+                self._respond(200, kind, encode(registry))
             elif path == "/healthz":
                 self._respond(200, "text/plain", b"ok\n")
             elif path == "/readyz":

@@ -62,6 +62,31 @@ class Settings:
     max_in_flight: Count = 1024
     """Requests taken on at once; more are refused with RESOURCE_EXHAUSTED."""
 
+    max_held_mb: Positive = 512.0
+    """Megabytes of requests, and of the pixels decoded from them, that are worked on at once; more
+    are refused with RESOURCE_EXHAUSTED."""
+
+    max_wait_s: Positive = 10.0
+    """How long a request may be expected to wait for the device; longer, and it is refused with
+    RESOURCE_EXHAUSTED. One with a deadline is refused as soon as that can't be kept."""
+
+    deterministic: bool = False
+    """Run every batch at the largest size, so that equal pixels give equal bits whatever else is in
+    the batch. Costs throughput where batches are not full."""
+
+    front: Literal["core", "public"] = "core"
+    """What takes calls: one loop on grpcio's core, or grpcio's public threaded server, with about
+    half of the throughput. Releases of grpcio that were not tried get the public one."""
+
+    tls_certificate: Path | None = None
+    """PEM file of the server's certificate chain: gRPC is then served over TLS."""
+
+    tls_key: Path | None = None
+    """PEM file of its private key."""
+
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities whose clients may call: others are refused."""
+
     shutdown_delay_s: Seconds = 5.0
     """After SIGTERM, how long new requests are still answered while load balancers notice that
     readiness is withdrawn. SIGINT (Ctrl-C) skips it."""

@@ -1,0 +1,88 @@
+"""Handlers as coroutines, driven by whoever ends what they wait for: no event loop of their own."""
+
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, Protocol, TypeVar
+
+from service.errors import Cancelled
+
+T = TypeVar("T")
+
+Done = Callable[[T | Exception], None]
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> object: ...
+
+
+class Wait(Generic[T]):
+    """What a handler awaits. `start(done)` begins it and returns what can cancel it.
+
+    `done` takes the result or an exception, once, from any thread, but not from within `start`. What
+    is cancelled must call it too. An exception that `start` raises is the handler's.
+    """
+
+    __slots__ = ("start",)
+
+    def __init__(self, start: Callable[[Done[T]], Cancellable]) -> None:
+        self.start = start
+
+    def __await__(self) -> Generator["Wait[T]", T, T]:
+        return (yield self)
+
+
+class Task:
+    """A handler on its way. Runs on one thread, to which `post` brings what ends elsewhere.
+
+    `then` takes the handler's result, or what it raised.
+    """
+
+    __slots__ = ("_cancelled", "_handler", "_here", "_post", "_then", "_ticket")
+
+    def __init__(
+        self,
+        handler: Coroutine[Wait[Any], Any, Any],
+        then: Done[Any],
+        here: Callable[[], bool],
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """`here()`: is this the thread it runs on?"""
+        self._handler, self._then, self._here, self._post = handler, then, here, post
+        self._ticket: Cancellable | None = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Cancels what the handler waits for, now or next; Cancelled is raised in it."""
+        self._cancelled = True
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    def run(self, outcome: Any = None) -> None:
+        """Goes on until the handler waits, or ends."""
+        self._ticket = None
+        while True:
+            try:
+                if isinstance(outcome, Exception):
+                    wait = self._handler.throw(outcome)
+                else:
+                    wait = self._handler.send(outcome)
+            except StopIteration as end:
+                self._then(end.value)
+                return
+            # Whatever a handler raises is its result: who takes it says what becomes of it.
+            except Exception as error:
+                self._then(error)
+                return
+            if self._cancelled:
+                outcome = Cancelled("the caller hung up")
+                continue
+            try:
+                self._ticket = wait.start(self._done)
+                return
+            except Exception as error:
+                outcome = error
+
+    def _done(self, outcome: Any) -> None:
+        if self._here():
+            self.run(outcome)
+        else:
+            self._post(lambda: self.run(outcome))

@@ -1,0 +1,506 @@
+"""Calls as they come over the wire, on one loop: grpcio's core without grpcio's servers.
+
+`CoreServer` drives `grpc._cython.cygrpc`, the pieces that grpcio's own servers are written on, from
+one thread, which takes whatever has arrived before it starts the next batch. That is a private
+interface, so only releases that were tried are trusted with it; on others `serve` falls back to
+`PublicServer`, which gives the same calls to the same loop from grpcio's threaded server.
+
+Everything that is handed in here is called on the loop's thread, except where it says otherwise.
+"""
+
+import heapq
+import itertools
+import logging
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import grpc
+
+log = logging.getLogger("convoy.transport")
+
+# Releases of grpcio, from and below, whose private interface tests/unit/test_transport.py has held
+# against the public one.
+_TRIED = ((1, 81), (1, 86))
+
+# How long the loop sleeps where nothing happens. Python runs signal handlers between its sleeps.
+_NAP_S = 0.2
+
+# How long the last answers may take on their way when it stops.
+_CLOSE_S = 0.2
+
+# While calls keep coming, a batch starts after this many events at the latest.
+_EVENTS_A_BATCH = 256
+
+# Calls that gRPC may hand over before it is asked again: a burst costs fewer turns.
+_ASKED = 64
+
+# From here on a deadline is none: gRPC says "never" in seconds since 1970.
+_NEVER_S = 1e11
+
+# The public server's threads: each call that is worked on holds one, a stream two.
+_THREADS = 256
+
+Options = Sequence[tuple[str, int]]
+Trailers = Sequence[tuple[str, str]]
+
+
+def _ignore(_: object = None) -> None:
+    pass
+
+
+class Exchange(ABC):
+    """One call: messages in, messages and a status out.
+
+    `method` is its path, `deadline` on `time.monotonic`'s clock. `gone` is true, and `on_gone` is
+    called, once nobody waits for an answer: the caller hung up, or the deadline passed. `on_closed`
+    is called when all is over, however it ended.
+    """
+
+    __slots__ = ("deadline", "gone", "metadata", "method", "on_closed", "on_gone")
+
+    def __init__(self, method: str, deadline: float | None, metadata: Any) -> None:
+        self.method, self.deadline, self.metadata = method, deadline, metadata
+        self.gone = False
+        self.on_gone: Callable[[], None] = _ignore
+        self.on_closed: Callable[[], None] = _ignore
+
+    @abstractmethod
+    def accept(self) -> None:
+        """Once, before anything else, for a call that is not refused."""
+
+    @abstractmethod
+    def refuse(self, code: int, details: str, trailers: Trailers = ()) -> None:
+        """Ends a call at once, unread: what costs least."""
+
+    @abstractmethod
+    def read(self, then: Callable[[bytes | None], None]) -> None:
+        """Asks for the next message; None where there is none any more."""
+
+    @abstractmethod
+    def write(self, message: bytes, more: bool, then: Callable[[], None]) -> None:
+        """Sends one of several answers, the next only after `then`. `more`: it follows at once."""
+
+    @abstractmethod
+    def end(
+        self,
+        code: int,
+        details: str = "",
+        trailers: Trailers = (),
+        message: bytes | None = None,
+    ) -> None:
+        """Sends the status, after the one and only answer where a `message` is given."""
+
+
+class Loop(ABC):
+    """Runs calls, timers, and between them whatever work waits."""
+
+    def __init__(self) -> None:
+        self.on_call: Callable[[Exchange], None] = _ignore
+        # Work for this thread: `step` does a piece of it where `waiting`, and may take its time.
+        self.waiting: Callable[[], bool] = bool
+        self.step: Callable[[], object] = _ignore
+        self._posted: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self._stopping = False
+        self._thread = 0
+
+    def here(self) -> bool:
+        """Is this the loop's thread?"""
+        return threading.get_ident() == self._thread
+
+    def post(self, callback: Callable[[], None], exchange: Exchange | None = None) -> None:
+        """Has `callback` called on the loop's thread; may be called from any other.
+
+        At once where it is for an `exchange` that has not been closed, else within `_NAP_S`.
+        """
+        self._posted.append(callback)
+        self._wake(exchange)
+
+    def at(self, when: float, callback: Callable[[], None]) -> None:
+        """Has `callback` called at `when`, on `time.monotonic`'s clock; give or take 2 ms."""
+        heapq.heappush(self._timers, (when, next(self._numbers), callback))
+
+    def stop(self) -> None:
+        """Has `run` return as soon as it can. Calls that are not over are cancelled."""
+        self._stopping = True
+
+    @abstractmethod
+    def bind(self, address: str, credentials: "grpc.ServerCredentials | None") -> int:
+        """The port it listens on. Raises RuntimeError where it can't."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Takes calls until `stop`."""
+
+    @abstractmethod
+    def _wake(self, exchange: Exchange | None) -> None: ...
+
+    def _chores(self) -> float:
+        """Runs what is due; the seconds until something is again."""
+        for _ in range(len(self._posted)):
+            self._posted.popleft()()
+        while self._timers:
+            wait = self._timers[0][0] - time.monotonic()
+            if wait > 0:
+                return min(wait, _NAP_S)
+            heapq.heappop(self._timers)[2]()
+        return _NAP_S
+
+
+class CoreServer(Loop):
+    """On grpcio's core. One thread polls the one completion queue and does everything else."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+        self._core = cygrpc
+        self._queue = cygrpc.CompletionQueue()
+        self._server = cygrpc.Server(tuple(options), False)
+        self._server.register_completion_queue(self._queue)
+        self._woken = False
+        self._shut = False
+
+    def bind(self, address: str, credentials: "grpc.ServerCredentials | None") -> int:
+        if credentials is None:
+            port = self._server.add_http2_port(address.encode())
+        else:
+            port = self._server.add_http2_port(address.encode(), credentials._credentials)  # type: ignore[attr-defined]
+        if not port:
+            raise RuntimeError(f"can't listen on {address}")
+        return int(port)
+
+    def run(self) -> None:
+        self._thread = threading.get_ident()
+        self._server.start(backup_queue=False)
+        for _ in range(_ASKED):
+            self._ask()
+        poll, timed_out = self._queue.poll, self._core.CompletionType.queue_timeout
+        events, nap = 0, self._chores()
+        while not self._stopping:
+            # A deadline in 1970 asks for what is there now. One that has just passed would wait for
+            # a millisecond.
+            event = poll(0.0 if self.waiting() else time.time() + nap)
+            if event.completion_type != timed_out:
+                event.tag(event)
+                # It holds the call: kept over the next poll, it would be closed late.
+                event = None
+                events += 1
+            else:
+                events = _EVENTS_A_BATCH
+            if self._posted or self._timers:
+                nap = self._chores()
+            if events >= _EVENTS_A_BATCH:
+                events = 0
+                if self.waiting():
+                    self.step()
+        self._close()
+
+    def _ask(self) -> None:
+        self._server.request_call(self._queue, self._queue, self._on_call)
+
+    def _on_call(self, event: Any) -> None:
+        if not event.success:  # so it is for those still asked for when the server shuts down
+            return
+        self._ask()
+        details = event.call_details
+        deadline: float | None = details.deadline
+        if deadline is not None:
+            now = time.time()
+            deadline = None if deadline > _NEVER_S else time.monotonic() + deadline - now
+        self.on_call(
+            _CoreExchange(
+                self._core,
+                event.call,
+                details.method.decode(errors="replace"),
+                deadline,
+                event.invocation_metadata,
+            )
+        )
+
+    def _wake(self, exchange: Exchange | None) -> None:
+        # Batches of no operations are over at once, and end up in the queue like all others: a call
+        # is the only thing that can put something there.
+        if isinstance(exchange, _CoreExchange) and not self._woken:
+            self._woken = True
+            exchange.call.start_server_batch((), self._on_woken)
+
+    def _on_woken(self, _: object) -> None:
+        # First this, or what is posted while the chores run would wake nobody.
+        self._woken = False
+        self._chores()
+
+    def _close(self) -> None:
+        self._server.shutdown(self._queue, self._on_shut)
+        ends = time.time() + _CLOSE_S
+        while not self._shut:
+            event = self._queue.poll(ends)
+            if event.completion_type == self._core.CompletionType.queue_timeout:
+                self._server.cancel_all_calls()
+                ends += _NAP_S
+            else:
+                event.tag(event)
+            event = None
+        self._queue.shutdown()
+        while self._queue.poll().completion_type != self._core.CompletionType.queue_shutdown:
+            pass
+        self._server.destroy()
+
+    def _on_shut(self, _: object) -> None:
+        self._shut = True
+
+
+class _CoreExchange(Exchange):
+    __slots__ = ("_closing", "_core", "_due", "_told", "call")
+
+    def __init__(
+        self, core: Any, call: Any, method: str, deadline: float | None, metadata: Any
+    ) -> None:
+        super().__init__(method, deadline, metadata)
+        self._core, self.call = core, call
+        self._told = False  # the initial metadata has been sent
+        self._due = 0  # operations that gRPC has not finished
+
+    def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        self._due += 1
+        self.call.start_server_batch(operations, then)
+
+    def _done(self) -> None:
+        self._due -= 1
+        if not self._due:
+            on_closed = self.on_closed
+            # What these hold, holds this: without them it goes as soon as gRPC lets go of it.
+            self.on_gone = self.on_closed = _ignore
+            on_closed()
+
+    def accept(self) -> None:
+        self._start((self._core.ReceiveCloseOnServerOperation(0),), self._on_close)
+
+    def _on_close(self, event: Any) -> None:
+        if event.batch_operations[0].cancelled():
+            self.gone = True
+            self.on_gone()
+        self._done()
+
+    def read(self, then: Callable[[bytes | None], None]) -> None:
+        def received(event: Any) -> None:
+            then(event.batch_operations[0].message())
+            self._done()
+
+        self._start((self._core.ReceiveMessageOperation(0),), received)
+
+    def write(self, message: bytes, more: bool, then: Callable[[], None]) -> None:
+        def sent(_: object) -> None:
+            then()
+            self._done()
+
+        # "more" is a hint that the write may be buffered.
+        send = self._core.SendMessageOperation(message, 1 if more else 0)
+        self._start((*self._opening(), send), sent)
+
+    def end(
+        self,
+        code: int,
+        details: str = "",
+        trailers: Trailers = (),
+        message: bytes | None = None,
+    ) -> None:
+        core = self._core
+        status = core.SendStatusFromServerOperation(trailers, code, details.encode(), 0)
+        if message is None:
+            operations = (*self._opening(), status)
+        else:
+            operations = (*self._opening(), core.SendMessageOperation(message, 0), status)
+        self._start(operations, self._ended)
+
+    def refuse(self, code: int, details: str, trailers: Trailers = ()) -> None:
+        core = self._core
+        status = core.SendStatusFromServerOperation(trailers, code, details.encode(), 0)
+        close = core.ReceiveCloseOnServerOperation(0)
+        self._start((*self._opening(), status, close), self._ended)
+
+    def _ended(self, _: object) -> None:
+        self._done()
+
+    def _opening(self) -> tuple[Any, ...]:
+        if self._told:
+            return ()
+        self._told = True
+        return (self._core.SendInitialMetadataOperation(None, 0),)
+
+
+class PublicServer(Loop):
+    """On grpcio's threaded server: its threads hand everything to the loop's and wait."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grpc")
+        self._server = grpc.server(self._pool, options=tuple(options))
+        self._server.add_generic_rpc_handlers((_AnyMethod(self._handle),))
+
+    def bind(self, address: str, credentials: "grpc.ServerCredentials | None") -> int:
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
+
+    def run(self) -> None:
+        self._thread = threading.get_ident()
+        self._server.start()
+        nap = self._chores()
+        while not self._stopping:
+            try:
+                event = self._events.get(timeout=0 if self.waiting() else nap)
+            except queue.Empty:
+                if self.waiting():
+                    self.step()
+            else:
+                event()
+            nap = self._chores()
+        self._server.stop(_CLOSE_S).wait()
+        self._pool.shutdown()
+
+    def _wake(self, exchange: Exchange | None) -> None:
+        self._events.put(_ignore)
+
+    def _handle(
+        self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        """On one of the server's threads: the call's answers, until its end."""
+        remaining = context.time_remaining()
+        known = remaining is not None and remaining < _NEVER_S
+        deadline = time.monotonic() + remaining if known and remaining is not None else None
+        exchange = _PublicExchange(
+            self._events, messages, method, deadline, context.invocation_metadata()
+        )
+        if not context.add_callback(lambda: self._events.put(exchange.closed)):
+            return
+        self._events.put(lambda: self.on_call(exchange))
+        yield from exchange.answers(context)
+
+
+class _AnyMethod(grpc.GenericRpcHandler):
+    """Takes every call as a stream of bytes both ways: on the wire a unary one is no different."""
+
+    def __init__(self, handle: Callable[[str, Iterator[bytes], Any], Iterator[bytes]]) -> None:
+        self._handle = handle
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        method = details.method
+        return grpc.stream_stream_rpc_method_handler(
+            lambda messages, context: self._handle(method, messages, context)
+        )
+
+
+class _PublicExchange(Exchange):
+    __slots__ = ("_answers", "_ended", "_events", "_messages", "_reads")
+
+    def __init__(
+        self,
+        events: "queue.SimpleQueue[Callable[[], None]]",
+        messages: Iterator[bytes],
+        method: str,
+        deadline: float | None,
+        metadata: Any,
+    ) -> None:
+        super().__init__(method, deadline, metadata)
+        self._events, self._messages = events, messages
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._reads: queue.SimpleQueue[Callable[[bytes | None], None] | None] | None = None
+        self._ended = False
+
+    def accept(self) -> None:
+        pass
+
+    def refuse(self, code: int, details: str, trailers: Trailers = ()) -> None:
+        self.end(code, details, trailers)
+
+    def read(self, then: Callable[[bytes | None], None]) -> None:
+        # Reading blocks, and so must not be where answers are sent from.
+        if self._reads is None:
+            self._reads = queue.SimpleQueue()
+            threading.Thread(target=self._read, args=(self._reads,), daemon=True).start()
+        self._reads.put(then)
+
+    def _read(self, reads: "queue.SimpleQueue[Callable[[bytes | None], None] | None]") -> None:
+        while (then := reads.get()) is not None:
+            try:
+                message = next(self._messages, None)
+            except grpc.RpcError:  # so the iterator says that the call is over
+                message = None
+            self._events.put(partial(then, message))
+
+    def write(self, message: bytes, more: bool, then: Callable[[], None]) -> None:
+        self._answers.put((message, then))
+
+    def end(
+        self,
+        code: int,
+        details: str = "",
+        trailers: Trailers = (),
+        message: bytes | None = None,
+    ) -> None:
+        if message is not None:
+            self._answers.put((message, _ignore))
+        self._answers.put((code, details, trailers))
+        self._ended = True
+
+    def closed(self) -> None:
+        """The call is over: the loop hears it last."""
+        if self._reads is not None:
+            self._reads.put(None)
+        if not self._ended:
+            self._answers.put(None)
+            self.gone = True
+            self.on_gone()
+        on_closed = self.on_closed
+        self.on_gone = self.on_closed = _ignore
+        on_closed()
+
+    def answers(self, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """On the server's thread."""
+        while (answer := self._answers.get()) is not None:
+            if len(answer) == 3:
+                code, details, trailers = answer
+                context.set_trailing_metadata(tuple(trailers))
+                context.set_code(_CODES[code])
+                context.set_details(details)
+                return
+            message, then = answer
+            yield message
+            self._events.put(then)
+
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def server(options: Options, public: bool = False) -> Loop:
+    """The loop on grpcio's core, or on its public server where `public` asks for that, or where
+    the installed grpcio is none that was tried.
+    """
+    if public:
+        return PublicServer(options)
+    release = tuple(int(part) for part in grpc.__version__.split(".")[:2])
+    if not _TRIED[0] <= release < _TRIED[1]:
+        log.warning(
+            "grpcio %s was not tried with this release: its public server answers, with about half "
+            "of the throughput; install grpcio>=%d.%d,<%d.%d",
+            grpc.__version__, *_TRIED[0], *_TRIED[1],
+        )  # fmt: skip
+        return PublicServer(options)
+    try:
+        return CoreServer(options)
+    except (ImportError, AttributeError, TypeError):
+        log.warning(
+            "grpcio %s is not as expected: its public server answers, with about half of the "
+            "throughput", grpc.__version__, exc_info=True,
+        )  # fmt: skip
+        return PublicServer(options)
