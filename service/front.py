@@ -1,7 +1,7 @@
 """Calls <-> plain handlers: statuses, admission, counting and draining, the same for every API.
 
-A handler is `async (request message, Call) -> response message`, and awaits nothing but
-`task.Wait`. What it raises becomes a status here, and nowhere else.
+A handler is `async (request message, Call) -> response message`, which may be serialised already,
+and awaits nothing but `task.Wait`. What it raises becomes a status here, and nowhere else.
 """
 
 import logging
@@ -75,7 +75,7 @@ class Call:
             self.expire(deadline)
 
 
-Handler = Callable[[Any, Call], Coroutine[Wait[Any], Any, Message]]
+Handler = Callable[[Any, Call], Coroutine[Wait[Any], Any, Message | bytes]]
 Refusal = Callable[[Any, grpc.StatusCode, str], Message]
 # Starts to tell `send` of changes, and returns what ends that.
 Subscribe = Callable[[Any, Callable[[Message], None]], Callable[[], None]]
@@ -344,7 +344,7 @@ class _Unary:
 
         self._front.loop.at(when, expired)
 
-    def _end(self, outcome: Message | Exception) -> None:
+    def _end(self, outcome: Message | bytes | Exception) -> None:
         """With the handler's result; or before it has one, and then again, for nothing."""
         if self._ended:
             return
@@ -357,10 +357,14 @@ class _Unary:
             exchange.end(code.value[0], words, _trailers(outcome))
         else:
             code = Code.OK
-            exchange.end(0, message=outcome.SerializeToString())
+            exchange.end(0, message=_serialised(outcome))
         if not self._always:
             front.ended(call)
         front.metrics.finished(self._name, call.model, code.name, time.monotonic() - call.arrived)
+
+
+def _serialised(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 def _ending(call: Call) -> grpc.StatusCode:
@@ -446,14 +450,14 @@ class _Stream:
         self._read()
 
     def _answer(
-        self, request: Message | None, call: Call, size: int, outcome: Message | Exception
+        self, request: Message | None, call: Call, size: int, outcome: Message | bytes | Exception
     ) -> None:
         front, answer = self._front, b""
         if self._exchange.gone or self._ended:
             code = _ending(call)
         elif not isinstance(outcome, Exception):
             code = Code.OK
-            answer = outcome.SerializeToString()
+            answer = _serialised(outcome)
         else:
             code, words = status_of(outcome)
             if self._refusal is None:

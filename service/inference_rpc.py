@@ -5,6 +5,7 @@ https://github.com/kserve/open-inference-protocol. A model's one input takes UIN
 `[N, classes]`. Raw contents are answered with raw contents, typed ones with typed ones.
 """
 
+import functools
 import math
 import re
 import struct
@@ -16,7 +17,6 @@ from google.protobuf.message import Message
 
 from protos import inference_pb2 as pb
 from service import bundle as bundles
-from service.batcher import Answer
 from service.errors import (
     InferenceFailed,
     InvalidImage,
@@ -107,7 +107,7 @@ class InferenceRpc:
             },
         )
 
-    async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+    async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> bytes:
         served = self._get(request.model_name, request.model_version)
         call.model = served.name
         _check_outputs(request, served)
@@ -116,8 +116,10 @@ class InferenceRpc:
         else:
             priority, receipt = 0, False
         raw = call.raw or request.raw_input_contents
+        if raw or len(request.inputs) != 1:
+            inputs = _read_input(request, raw, served)
         # Typed pixels become Python's integers on their way: that may take seconds.
-        if any(len(each.contents.uint_contents) > _TYPED_VALUES for each in request.inputs):
+        elif len(request.inputs[0].contents.uint_contents) > _TYPED_VALUES:
             inputs = await served.aside(lambda: _read_input(request, raw, served))
         else:
             inputs = _read_input(request, raw, served)
@@ -133,13 +135,22 @@ class InferenceRpc:
         if not math.isfinite(answer.outputs.sum()):
             failed = np.flatnonzero(~finite(answer)).tolist()
             raise InferenceFailed(f"the model failed on image {', '.join(map(str, failed))}")
-        response = _respond(request, bool(raw), served, answer)
+        head, rest = b"", pb.ModelInferResponse(id=request.id)
+        always = _head(served.name, served.version, served.manifest.output, answer.outputs.shape)
+        if raw:
+            # Messages that are joined are merged when they are parsed, so what is always the same
+            # is serialised once: https://protobuf.dev/programming-guides/encoding/#last-one-wins.
+            head = always
+            rest.raw_output_contents.append(answer.outputs.astype("<f4", copy=False).tobytes())
+        else:
+            rest.MergeFromString(always)
+            rest.outputs[0].contents.fp32_contents.extend(answer.outputs.ravel().tolist())
         if receipt:
-            times = response.parameters
+            times = rest.parameters
             times["decode_s"].double_param, times["queue_s"].double_param = decode_s, answer.queue_s
             times["run_s"].double_param = answer.run_s
             times["batch_size"].int64_param = answer.batch_size
-        return response
+        return head + rest.SerializeToString()
 
     def _get(self, name: str, version: str) -> Served:
         if version and not _VERSION.fullmatch(version):
@@ -197,29 +208,36 @@ def _read_input(
             f"input parameters are not supported here: {', '.join(sorted(tensor.parameters))}; "
             "send the contents in the request"
         )
-    if len(raw) > 1 or (raw and tensor.HasField("contents")):
+    if raw and (len(raw) > 1 or tensor.HasField("contents")):
         raise InvalidRequest("raw_input_contents: one entry an input, and then no `contents`")
-    given = list(tensor.shape)
+    given = tuple(tensor.shape)
     if tensor.datatype == "BYTES":
         if not given or given[0] < 1 or any(n != 1 for n in given[1:]):
             raise InvalidRequest(
-                f"input {name!r}: BYTES of shape {given}; expected [N], N at least 1"
+                f"input {name!r}: BYTES of shape {list(given)}; expected [N], N at least 1"
             )
         served.check_count(given[0])
         images = _read_bytes(raw[0], given[0]) if raw else tensor.contents.bytes_contents
         if len(images) != given[0]:
-            raise InvalidRequest(f"input {name!r}: {len(images)} elements for shape {given}")
+            raise InvalidRequest(f"input {name!r}: {len(images)} elements for shape {list(given)}")
         return list(images)
-    expected = f"UINT8 [N, {', '.join(map(str, shape))}] or BYTES [N]"
-    if tensor.datatype != "UINT8":
-        raise InvalidRequest(f"input {name!r}: datatype {tensor.datatype!r}; expected {expected}")
-    if len(given) != 4 or tuple(given[1:]) != shape or given[0] < 1:
-        raise InvalidRequest(f"input {name!r}: shape {given}; expected {expected}, N at least 1")
+    if tensor.datatype != "UINT8" or given[1:] != shape or given[0] < 1:
+        wrong = (
+            f"shape {list(given)}"
+            if tensor.datatype == "UINT8"
+            else f"datatype {tensor.datatype!r}"
+        )
+        raise InvalidRequest(
+            f"input {name!r}: {wrong}; expected UINT8 [N, {', '.join(map(str, shape))}] or "
+            "BYTES [N], N at least 1"
+        )
     served.check_count(given[0])
     values = raw[0] if raw else tensor.contents.uint_contents
-    count = given[0] * shape[0] * shape[1] * shape[2]
+    count = given[0] * served.image_bytes
     if len(values) != count:
-        raise InvalidRequest(f"input {name!r}: {len(values)} values, but shape {given} has {count}")
+        raise InvalidRequest(
+            f"input {name!r}: {len(values)} values, but shape {list(given)} has {count}"
+        )
     return np.frombuffer(raw[0] if raw else _read_typed(name, values), np.uint8).reshape(given)
 
 
@@ -252,17 +270,9 @@ def _read_bytes(raw: bytes | memoryview, count: int) -> list[bytes]:
     return elements
 
 
-def _respond(
-    request: pb.ModelInferRequest, raw: bool, served: Served, answer: Answer
-) -> pb.ModelInferResponse:
-    response = pb.ModelInferResponse(
-        model_name=served.name, model_version=str(served.version), id=request.id
-    )
-    output = response.outputs.add(
-        name=served.manifest.output, datatype="FP32", shape=answer.outputs.shape
-    )
-    if raw:
-        response.raw_output_contents.append(answer.outputs.astype("<f4", copy=False).tobytes())
-    else:
-        output.contents.fp32_contents.extend(answer.outputs.ravel().tolist())
-    return response
+@functools.lru_cache(maxsize=1024)
+def _head(name: str, version: int, output: str, shape: tuple[int, int]) -> bytes:
+    """What all answers of this shape have in common, serialised."""
+    response = pb.ModelInferResponse(model_name=name, model_version=str(version))
+    response.outputs.add(name=output, datatype="FP32", shape=shape)
+    return response.SerializeToString()

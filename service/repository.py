@@ -117,7 +117,7 @@ class Served:
         """
         submit, metrics, name = self.batcher.submit, self._metrics, self.name
         try:
-            answer = await Wait[Answer](
+            answer: Answer = await Wait(
                 lambda done: submit(pixels, done, deadline=deadline, priority=priority)
             )
         except Exception as error:
