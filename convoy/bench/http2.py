@@ -7,6 +7,7 @@ and calls `receive` and `flush`. No TLS, no compression, no retries.
 RFC 9113 (HTTP/2), RFC 7541 (HPACK), https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
 """
 
+import select
 import socket
 import struct
 from collections import deque
@@ -25,6 +26,7 @@ _HEADER_TABLE_SIZE, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SI
 _CANCEL = 8
 _LARGEST = 2**31 - 1
 
+_CONNECT_TIMEOUT_S = 5.0
 # So many bytes are read before the server is told that it may send as many again.
 _CREDIT = 2**24
 # Blocks of headers that are remembered with what they say: a server repeats a few.
@@ -38,10 +40,12 @@ CODES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 _CODE = {name: code for code, name in CODES.items()}
 OK = _CODE["OK"]
 UNAVAILABLE = _CODE["UNAVAILABLE"]
+# No gRPC status: the server has not looked at the call, which gRPC's clients then start once more.
+REFUSED = -1
 
 # What a stream that the server resets, and an answer that is not gRPC, mean to gRPC's clients.
 _OF_RESET = {
-    7: UNAVAILABLE,
+    7: REFUSED,
     8: _CODE["CANCELLED"],
     11: _CODE["RESOURCE_EXHAUSTED"],
     12: _CODE["PERMISSION_DENIED"],
@@ -65,7 +69,7 @@ class Answer(NamedTuple):
     token: int
     """What `start` was given."""
     code: int | None
-    """gRPC status code."""
+    """gRPC status code, or REFUSED."""
     details: str = ""
     message: bytes = b""
     """What was answered; empty where the connection does not keep messages."""
@@ -97,10 +101,10 @@ class Connection:
     ) -> None:
         """`target` is HOST:PORT, `path` /package.Service/Method. `timeout_s` is told to the server as
         each call's deadline; the caller enforces it, with `cancel`. `keep` has answers carry their
-        messages. Raises OSError where nobody listens.
+        messages. Waits for the server's first words; raises OSError where there are none.
         """
         host, _, port = target.rpartition(":")
-        self._socket = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+        self._socket = socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setblocking(False)
         self._request_headers = _request_headers(path, target, timeout_s)
@@ -113,7 +117,7 @@ class Connection:
         self._in = b""
         self._next_stream = 1
         self._window = self._stream_window = 65_535
-        self._max_frame, self._max_streams = 16_384, _LARGEST
+        self._max_frame, self._max_streams = 16_384, 0
         self._uncredited = 0
         self._block, self._block_ends = b"", 0
         self._known: dict[bytes, dict[str, str]] = {}
@@ -122,6 +126,15 @@ class Connection:
         settings = _SETTING.pack(_HEADER_TABLE_SIZE, 0)
         self._send(_SETTINGS, 0, 0, settings + _SETTING.pack(_INITIAL_WINDOW_SIZE, _LARGEST))
         self._send(_WINDOW_UPDATE, 0, 0, _U32.pack(_LARGEST - 65_535))
+        # Only then is known how many calls it takes at once; more would be reset.
+        while not self._max_streams:
+            self.flush()
+            if not select.select([self], [], [], _CONNECT_TIMEOUT_S)[0]:
+                self.close()
+                raise TimeoutError("who listens there says nothing in HTTP/2")
+            self.receive()
+            if not self.usable:
+                raise ConnectionAbortedError("who listens there does not speak HTTP/2")
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -185,7 +198,8 @@ class Connection:
     def receive(self) -> list[Answer]:
         """What has arrived: to be called when the socket is readable.
 
-        When the connection is gone, every call that had not ended is answered with UNAVAILABLE.
+        When the connection is gone, every call that had not ended is answered with UNAVAILABLE; or
+        with REFUSED where it was not even sent.
         """
         answers: list[Answer] = []
         try:
@@ -196,7 +210,7 @@ class Connection:
         except BlockingIOError:
             pass
         except (OSError, ProtocolError, struct.error, IndexError) as error:
-            answers += self._fail(0, f"{type(error).__name__}: {error}")
+            answers += self._fail(0, UNAVAILABLE, f"{type(error).__name__}: {error}")
             self.close()
         return answers
 
@@ -340,10 +354,12 @@ class Connection:
             answers.append(self._end(stream, code, f"the server reset the stream ({reason})"))
         elif kind == _GOAWAY:
             self.usable = False
-            answers += self._fail(_U32.unpack_from(payload)[0] & _LARGEST, "the server goes away")
+            last = _U32.unpack_from(payload)[0] & _LARGEST
+            answers += self._fail(last, REFUSED, "the server goes away")
 
     def _settings(self, settings: dict[int, int]) -> None:
-        self._max_streams = settings.get(_MAX_CONCURRENT_STREAMS, self._max_streams)
+        unlimited = self._max_streams or _LARGEST
+        self._max_streams = settings.get(_MAX_CONCURRENT_STREAMS, unlimited)
         self._max_frame = settings.get(_MAX_FRAME_SIZE, self._max_frame)
         change = settings.get(_INITIAL_WINDOW_SIZE, self._stream_window) - self._stream_window
         self._stream_window += change
@@ -361,12 +377,10 @@ class Connection:
                 self._send(_WINDOW_UPDATE, 0, stream, _U32.pack(call.uncredited))
                 call.uncredited = 0
 
-    def _fail(self, last: int, why: str) -> list[Answer]:
-        """Ends the calls of later streams than `last`."""
-        failed = [
-            Answer(call.token, UNAVAILABLE, why) for s, call in self._calls.items() if s > last
-        ]
-        failed += [Answer(token, UNAVAILABLE, why) for token, _, _ in self._waiting.values()]
+    def _fail(self, last: int, code: int, why: str) -> list[Answer]:
+        """Ends the calls of later streams than `last`, and those that were not sent."""
+        failed = [Answer(call.token, code, why) for s, call in self._calls.items() if s > last]
+        failed += [Answer(token, REFUSED, why) for token, _, _ in self._waiting.values()]
         self._calls = {s: call for s, call in self._calls.items() if s <= last}
         self._blocked = {s: call for s, call in self._blocked.items() if s <= last}
         self._waiting = {}

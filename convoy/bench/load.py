@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from convoy.bench.http2 import CODES, OK, UNAVAILABLE, Answer, Connection, frame
+from convoy.bench.http2 import CODES, OK, REFUSED, UNAVAILABLE, Answer, Connection, frame
 from protos import classifier_pb2
 from service.errors import ConvoyError
 
@@ -41,9 +41,9 @@ _BURST = 64
 # Between attempts to connect anew.
 _RECONNECT_S = 0.1
 # A client that is later than this can't send at that rate: there is nothing to be measured.
-_LATEST_S = 5.0
+_LATEST_S = 2.0
 # From the order to begin until the first request: every process must have connected.
-_LEAD_S = 0.1
+_LEAD_S = 0.05
 
 Rows = NDArray[np.float32]
 
@@ -312,17 +312,20 @@ class _Sender:
             link.flush()
 
     def _start(self, due: float) -> None:
-        token, now = len(self._due), time.perf_counter()
+        now = time.perf_counter()
         self._due.append(due)
         self._sent.append(now)
         self._answered.append(now)
         self._code.append(_UNANSWERED)
+        self._streams.append(None)
         self._in_flight += 1
+        self._send(len(self._due) - 1, now)
+
+    def _send(self, token: int, now: float) -> None:
         link = self._links[token % len(self._links)]
         try:
-            self._streams.append(link.start(token, self._payloads[self._payload(token)]))
+            self._streams[token] = link.start(token, self._payloads[self._payload(token)])
         except OSError as error:
-            self._streams.append(None)
             self._end(Answer(token, UNAVAILABLE, f"can't connect: {error}"), now)
 
     def _payload(self, token: int) -> int:
@@ -361,6 +364,9 @@ class _Sender:
     def _end(self, answer: Answer, now: float) -> None:
         token, code = answer.token, answer.code
         assert code is not None
+        if code == REFUSED:
+            self._send(token, now)
+            return
         self._answered[token] = now
         self._code[token] = code
         self._in_flight -= 1
@@ -466,8 +472,9 @@ class _Link:
                     del pending[response.token]
                     found.append(response)
             else:
-                self._stream = 0
-                code = answer.code or _CODE["UNKNOWN"]
+                if answer.token == len(self._pending) - 1:
+                    self._stream = 0
+                code = _CODE["UNKNOWN"] if answer.code == OK else answer.code
                 found += [Answer(token, code, answer.details) for token in pending]
                 pending.clear()
         return found

@@ -1,7 +1,6 @@
 """Which loads are tried, and what is printed, written and drawn of them."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from convoy.bench import payloads, report
 from convoy.bench.load import Fleet, Load
 from convoy.bench.report import Point
 from convoy.bench.settings import BenchSettings
+from service.cpu import whole_cores
 from service.errors import ConvoyError
 
 _CONCURRENCY = (1, 8, 32)
@@ -31,7 +31,7 @@ Measure = Callable[[Load], Point]
 def run(settings: BenchSettings) -> int:
     """Does what `convoy bench` was told; its exit status. Raises ConvoyError."""
     _check(settings)
-    processes = settings.processes or max(1, len(os.sched_getaffinity(0)) // 4)
+    processes = settings.processes or max(1, whole_cores() // 4)
     connections = max(settings.connections, processes)
     work, target, sent = payloads.prepare(settings, connections)
     errors, out = Console(stderr=True, soft_wrap=True), Console(soft_wrap=True)

@@ -13,150 +13,169 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convoy.bench.http2 import CODES, Answer, Connection, frame
+from convoy.bench.http2 import CODES, REFUSED, Answer, Connection, frame
+from convoy.bench.run import run
+from convoy.bench.settings import BenchSettings
 from protos import classifier_pb2, inference_pb2
 from service.bundle import Golden
+from service.errors import ConvoyError
 from tests.conftest import TIMEOUT_S, Server, convoy
 from tests.integration.pictures import encode
 
-SHORT = ("--duration-s", "0.4", "--warmup-s", "0.1")
+SHORT = {"duration_s": 0.3, "warmup_s": 0.1}
+
+Bench = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs `convoy bench` for a short while; what it has written as JSON, and what it has said."""
+def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Does what `convoy bench` does, for a short while; what it has written as JSON, and its words."""
 
-    def run(server: str, *arguments: str | Path, status: int = 0) -> dict[str, Any]:
+    def found(server: str, **settings: Any) -> dict[str, Any]:
         file = tmp_path / "found.json"
-        result = convoy("bench", "--server", server, *SHORT, "--json", file, *arguments)
-        assert result.returncode == status, result.stdout + result.stderr
-        found: dict[str, Any] = json.loads(file.read_text())
-        return {**found, "stdout": result.stdout, "stderr": result.stderr}
+        status = run(BenchSettings(server, json=file, **{**SHORT, **settings}))
+        told = capsys.readouterr()
+        read: dict[str, Any] = json.loads(file.read_text())
+        return {**read, "status": status, "stdout": told.out, "stderr": told.err}
 
-    return run
+    return found
 
 
 def test_a_sweep_of_the_closed_loop_is_printed_written_and_drawn(
-    shipped: Server, bench: Callable[..., dict[str, Any]], tmp_path: Path
+    shipped: Server, tmp_path: Path
 ) -> None:
-    picture = tmp_path / "load.png"
-    found = bench(
-        shipped.target, "--concurrency", "1", "4", "--processes", "2", "--check",
-        "--images-per-request", "3", "--plot", picture, "--slo-ms", "1000",
+    written, picture = tmp_path / "load.json", tmp_path / "load.png"
+    result = convoy(
+        "bench", "--server", shipped.target, "--concurrency", "1", "4", "--processes", "2",
+        "--images-per-request", "3", "--check", "--slo-ms", "1000", "--duration-s", "0.3",
+        "--warmup-s", "0.1", "--plot", picture, "--json", written,
     )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(written.read_text())
     assert [point["concurrency"] for point in found["points"]] == [1, 4]
     for point in found["points"]:
         assert point["statuses"] == {"OK": point["requests"]}
         assert point["images_per_s"] == pytest.approx(3 * point["throughput"])
         quantiles = list(point["latency_ms"].values())
-        assert 0 < quantiles[0]
+        assert quantiles[0] > 0
         assert quantiles == sorted(quantiles)
         assert point["wrong_rows"] == 0
     assert found["settings"]["concurrency"] == [1, 4]
-    assert "4 in flight" in found["stdout"]
-    assert "check: 0 wrong rows" in found["stdout"]
+    assert "4 in flight" in result.stdout
+    assert "check: 0 wrong rows" in result.stdout
     with Image.open(picture) as image:
-        assert (image.format, len(np.unique(np.asarray(image))) > 50) == ("PNG", True)
+        assert image.format == "PNG"
+        assert len(np.unique(np.asarray(image))) > 50
 
 
-def test_the_open_loop_sends_what_was_drawn(
-    shipped: Server, bench: Callable[..., dict[str, Any]]
-) -> None:
-    found = bench(shipped.target, "--rate", "50", "100", "--arrivals", "constant")
+def test_the_open_loop_sends_what_was_drawn(shipped: Server, bench: Bench) -> None:
+    found = bench(shipped.target, rate=(50, 100), arrivals="constant", duration_s=0.4)
     assert [point["requests"] for point in found["points"]] == [20, 40]
     assert [point["statuses"] for point in found["points"]] == [{"OK": 20}, {"OK": 40}]
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "settings",
     [
-        ("--api", "classify", "--images-per-request", "2"),
-        ("--api", "classify", "--stream", "--connections", "2"),
-        ("--api", "infer", "--jpeg-size", "50x37"),
-        ("--api", "classify", "--stream", "--jpeg-size", "50x37", "--rate", "80"),
+        {"api": "classify", "images_per_request": 2, "concurrency": (4,)},
+        {"api": "classify", "stream": True, "connections": 2, "concurrency": (4,)},
+        {"api": "infer", "jpeg_size": "50x37", "concurrency": (4,)},
+        {"api": "classify", "stream": True, "jpeg_size": "50x37", "rate": (80,)},
     ],
 )
 def test_every_way_to_ask_is_answered_rightly(
-    shipped: Server, bench: Callable[..., dict[str, Any]], arguments: tuple[str, ...]
+    shipped: Server, bench: Bench, settings: dict[str, Any]
 ) -> None:
-    if "--rate" not in arguments:
-        arguments = (*arguments, "--concurrency", "4")
-    (point,) = bench(shipped.target, "--check", *arguments)["points"]
+    found = bench(shipped.target, check=True, **settings)
+    (point,) = found["points"]
     assert point["statuses"] == {"OK": point["requests"]}
     assert point["requests"] > 10
-    assert point["wrong_rows"] == 0
+    assert (point["wrong_rows"], found["status"]) == (0, 0)
 
 
 def test_files_are_sent_as_they_are(
-    shipped: Server, digits: Golden, bench: Callable[..., dict[str, Any]], tmp_path: Path
+    shipped: Server, digits: Golden, bench: Bench, tmp_path: Path
 ) -> None:
     for number, kind in enumerate(("PNG", "JPEG")):
         (tmp_path / f"{number}.{kind.lower()}").write_bytes(encode(digits.pixels[number], kind))
-    (point,) = bench(shipped.target, "--images", tmp_path, "--concurrency", "1", "--check")[
-        "points"
-    ]
+    (point,) = bench(shipped.target, images=tmp_path, concurrency=(1,), check=True)["points"]
     assert point["statuses"] == {"OK": point["requests"]}
     (tmp_path / "2.png").write_text("no image")
     for api in ("infer", "classify"):
-        result = convoy("bench", "--server", shipped.target, "--images", tmp_path, "--api", api)
-        assert result.returncode == 1
-        assert "image 0: " in result.stderr
+        with pytest.raises(ConvoyError, match="image 0: "):
+            bench(shipped.target, images=tmp_path, api=api)
 
 
-def test_the_peak_and_the_goodput_are_measured(
-    shipped: Server, bench: Callable[..., dict[str, Any]], tmp_path: Path
+def test_the_goodput_is_measured_beyond_capacity(
+    shipped: Server, bench: Bench, tmp_path: Path
 ) -> None:
     picture = tmp_path / "goodput.png"
-    arguments = ("--slo-ms", "500", "--duration-s", "0.1", "--warmup-s", "0")
-    found = bench(shipped.target, "--overload", "--concurrency", "2", "--plot", picture, *arguments)
+    found = bench(
+        shipped.target, overload=True, slo_ms=500, concurrency=(2,), plot=picture, duration_s=0.1
+    )
     capacity, *points = found["points"]
     assert found["capacity"] == capacity["throughput"]
     rates = [point["rate"] / found["capacity"] for point in points]
     assert rates == pytest.approx([0.5, 0.75, 1, 1.5, 2, 3])
     assert all(point["goodput"] <= point["throughput"] for point in points)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    # No rate meets what no call can.
-    found = bench(shipped.target, "--find-peak", *arguments, "--slo-ms", "0.01")
+
+
+def test_a_peak_that_no_call_can_reach_is_none(shipped: Server, bench: Bench) -> None:
+    found = bench(shipped.target, find_peak=True, slo_ms=0.01, duration_s=0.05, warmup_s=0)
     assert found["peak_rate"] == 0
     assert all(point["goodput"] == 0 for point in found["points"])
 
 
-def test_refusals_and_deadlines_are_counted_by_their_status(
-    slow_server: Server, bench: Callable[..., dict[str, Any]]
-) -> None:
+def test_refusals_are_counted_by_their_status(slow_server: Server, bench: Bench) -> None:
     # It takes three at once.
-    found = bench(slow_server.target, "--model", "digits", "--concurrency", "64")
+    found = bench(slow_server.target, model="digits", concurrency=(64,))
     (point,) = found["points"]
     assert point["refused"] == point["statuses"]["RESOURCE_EXHAUSTED"] > 0
     assert sum(point["statuses"].values()) == point["requests"]
     assert "RESOURCE_EXHAUSTED: " in found["stderr"]
 
 
+def test_requests_are_given_up_at_their_deadline(slow_server: Server, bench: Bench) -> None:
+    (point,) = bench(
+        slow_server.target, model="digits", concurrency=(1,), timeout_ms=0.001, duration_s=0.1
+    )["points"]
+    assert set(point["statuses"]) == {"DEADLINE_EXCEEDED"}
+    assert point["late"] == point["requests"] > 0
+    assert point["latency_ms"] == {}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("settings", "words"),
     [
-        (("--model", "nobody"), "there is: digits"),
-        (("--model", "nobody", "--api", "classify"), "has digits"),
-        (("--jpeg-size", "big"), "500x375"),
-        (("--images", "pyproject.toml"), "INVALID_ARGUMENT"),
-        (("--images", "docs"), "no images"),
-        (("--rate", "3000000"), "can't send"),
+        ({"model": "nobody"}, "there is: digits"),
+        ({"model": "nobody", "api": "classify"}, "has digits"),
+        ({"jpeg_size": "big"}, "500x375"),
+        ({"images": Path("pyproject.toml")}, "INVALID_ARGUMENT"),
+        ({"images": Path("docs")}, "no images"),
+        ({"rate": (3_000_000,)}, "can't send 3e\\+06/s"),
     ],
 )
-def test_errors_say_what_to_do(shipped: Server, arguments: tuple[str, ...], words: str) -> None:
-    result = convoy("bench", "--server", shipped.target, *SHORT, *arguments)
-    assert result.returncode == 1
-    assert words in result.stderr
-    assert "Traceback" not in result.stderr
+def test_errors_say_what_to_do(
+    shipped: Server, bench: Bench, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConvoyError, match=words):
+        bench(shipped.target, **settings)
 
 
-def test_a_server_that_is_not_there_is_told() -> None:
+def test_a_server_that_is_not_there_is_told_in_a_line() -> None:
     result = convoy("bench", "--server", "127.0.0.1:1")
     assert result.returncode == 1
     assert "no server answers at 127.0.0.1:1: start one" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-Handlers = dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]
+def test_a_server_of_another_kind_is_told(bench: Bench) -> None:
+    with serving({}) as (target, _), pytest.raises(ConvoyError, match="has no ModelMetadata"):
+        bench(target)
+
+
+Handlers = dict[str, dict[str, Any]]
 
 
 @contextmanager
@@ -216,19 +235,22 @@ class Liar:
         }
 
 
-def test_check_catches_rows_that_are_mixed_up(bench: Callable[..., dict[str, Any]]) -> None:
-    arguments = ("--check", "--concurrency", "4", "--images-per-request", "2")
+def test_check_catches_rows_that_are_mixed_up(tmp_path: Path) -> None:
+    written = tmp_path / "found.json"
     with serving(Liar(lies_every=10).handlers()) as (target, _):
-        found = bench(target, *arguments, status=1)
-    (point,) = found["points"]
+        result = convoy(
+            "bench", "--server", target, "--check", "--concurrency", "4", "--json", written,
+            "--images-per-request", "2", "--duration-s", "0.3", "--warmup-s", "0.1",
+        )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    (point,) = json.loads(written.read_text())["points"]
     assert point["statuses"] == {"OK": point["requests"]}
     assert 0 < point["wrong_rows"] <= point["requests"]
-    with serving(Liar(lies_every=0).handlers()) as (target, _):
-        assert bench(target, *arguments)["points"][0]["wrong_rows"] == 0
+    assert f"check: {point['wrong_rows']} wrong rows" in result.stdout
 
 
 def test_the_stream_is_matched_by_id_however_answers_overtake(
-    bench: Callable[..., dict[str, Any]],
+    bench: Bench,
 ) -> None:
     def models(request: bytes, call: grpc.ServicerContext) -> bytes:
         response = classifier_pb2.ListModelsResponse()
@@ -271,9 +293,8 @@ def test_the_stream_is_matched_by_id_however_answers_overtake(
     }
     with serving(handlers) as (target, _):
         (point,) = bench(
-            target, "--api", "classify", "--stream", "--check", "--concurrency", "8",
-            "--timeout-ms", "1000",
-        )["points"]  # fmt: skip
+            target, api="classify", stream=True, check=True, concurrency=(8,), timeout_ms=1000
+        )["points"]
     assert point["wrong_rows"] == 0
     assert point["refused"] > 0
     assert point["statuses"]["OK"] > 10 * point["refused"]
@@ -331,16 +352,20 @@ def by_grpc(target: str, path: str, messages: Sequence[bytes]) -> list[tuple[str
 
 def by_http2(target: str, path: str, messages: Sequence[bytes]) -> list[tuple[str, str, bytes]]:
     connection = Connection(target, path, timeout_s=TIMEOUT_S, keep=True)
-    for token, message in enumerate(messages):
-        connection.start(token, frame(message))
-    answers = {answer.token: answer for answer in settle(connection, len(messages))}
+    found: dict[int, tuple[str, str, bytes]] = {}
+    refused = list(range(len(messages)))
+    while refused:
+        for token in refused:
+            connection.start(token, frame(messages[token]))
+        answers = settle(connection, len(refused))
+        refused = [answer.token for answer in answers if answer.code == REFUSED]
+        for token, code, details, message in answers:
+            if code is not None and code != REFUSED:
+                found[token] = (CODES[code], details, message)
     assert connection.usable
     assert connection.idle
     connection.close()
-    return [
-        (CODES[answer.code or 0], answer.details, answer.message)
-        for _, answer in sorted(answers.items())
-    ]
+    return [found[token] for token in range(len(messages))]
 
 
 @pytest.mark.parametrize("options", [(), (("grpc.max_concurrent_streams", 2),)])
@@ -372,25 +397,23 @@ def test_the_connection_tells_its_deadline() -> None:
 
 
 def test_the_connection_tells_that_it_gave_up_and_goes_on() -> None:
-    ended = threading.Event()
-    go_on = threading.Event()
+    started, ended, go_on = threading.Event(), threading.Event(), threading.Event()
 
     def wait(request: bytes, call: grpc.ServicerContext) -> bytes:
         if request:
             call.add_callback(ended.set)
+            started.set()
             go_on.wait(TIMEOUT_S)
         return b"done"
 
     handlers: Handlers = {"test.Service": {"Wait": grpc.unary_unary_rpc_method_handler(wait)}}
     with serving(handlers, ("grpc.max_concurrent_streams", 1)) as (target, _):
-        # Until then a client may not know how many streams are allowed.
         connection = Connection(target, "/test.Service/Wait", keep=True)
-        connection.start(0, frame(b""))
-        settle(connection, 1)
         running = connection.start(1, frame(b"wait"))
         waiting = connection.start(2, frame(b"wait"))
         connection.start(3, frame(b""))
         connection.flush()
+        assert started.wait(TIMEOUT_S)
         connection.cancel(waiting)
         connection.cancel(running)
         (answer,) = settle(connection, 1)
@@ -424,11 +447,11 @@ def test_a_call_of_many_messages_goes_on_until_it_is_ended() -> None:
 
 
 def test_a_load_outlives_connections_that_the_server_closes(
-    bench: Callable[..., dict[str, Any]],
+    bench: Bench,
 ) -> None:
     options = (("grpc.max_connection_age_ms", 100), ("grpc.max_connection_age_grace_ms", 1000))
     with serving(Liar(lies_every=0).handlers(), *options) as (target, _):
-        (point,) = bench(target, "--concurrency", "2", "--duration-s", "1")["points"]
-    assert point["statuses"]["OK"] > 100
-    # Calls that cross the word to go away are not taken any more.
-    assert sum(point["statuses"].values()) - point["statuses"]["OK"] < 50
+        (point,) = bench(target, concurrency=(2,), duration_s=0.5)["points"]
+    assert point["requests"] > 100
+    # Calls that cross the word to go away are started once more, as gRPC's clients do.
+    assert point["statuses"] == {"OK": point["requests"]}
