@@ -75,10 +75,10 @@ class InferenceRpc:
 
     async def model_ready(self, request: pb.ModelReadyRequest, call: Call) -> pb.ModelReadyResponse:
         try:
-            self._get(request.name, request.version)
+            served = self._get(request.name, request.version)
         except NotReady:
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=self._ready())
+        return pb.ModelReadyResponse(ready=served.batcher.ready and self._ready())
 
     async def server_metadata(
         self, request: pb.ServerMetadataRequest, call: Call

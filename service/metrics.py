@@ -13,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from service.cpu import Budget
+
 # 0.5 ms to 10 s, each step at most 2.5 times the one before.
 SECONDS = (
     0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05,
@@ -132,10 +134,10 @@ class Metrics:
     def broken_versions(self, model: str, count: int) -> None:
         self._numbers["model_broken_versions"][model,] = count
 
-    def budget(self, cores: float, **roles: int) -> None:
-        self._numbers["cpu_budget_cores"][()] = cores
-        for role, count in roles.items():
-            self._numbers["threads"][role,] = count
+    def budget(self, budget: Budget) -> None:
+        self._numbers["cpu_budget_cores"][()] = budget.cores
+        for role in ("acceptors", "engines", "decode_threads", "run_threads"):
+            self._numbers["threads"][role,] = getattr(budget, role)
 
     def process_started(self, process: str) -> None:
         _add(self._numbers["process_starts"], (process,), 1)

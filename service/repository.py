@@ -4,12 +4,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from service import bundle as bundles
 from service import images
 from service.batcher import Answer, Batch, Batcher, BatchTimes
 from service.bundle import Bundle
+from service.channel import RemoteBatcher
 from service.cpu import Budget
 from service.errors import (
     BrokenVersion,
@@ -49,7 +50,7 @@ class Served:
         self,
         bundle: Bundle,
         device: str,
-        batcher: Batcher,
+        batcher: Batcher | RemoteBatcher,
         decoders: ThreadPoolExecutor,
         metrics: Metrics,
         settings: Settings,
@@ -232,6 +233,60 @@ class Entry:
     reason: str
 
 
+def runs_here(
+    settings: Settings,
+    budget: Budget,
+    metrics: Metrics,
+    on_bug: Callable[[BaseException], None],
+) -> "Make":
+    """What makes a batcher with a model in this process, which has proved itself and knows how long
+    its batches take.
+    """
+
+    def make(bundle: Bundle) -> tuple[str, Batcher]:
+        name, size = bundle.name, bundle.manifest.max_batch_size
+        model = Model.load(bundle, settings.device, budget.run_threads)
+        times = BatchTimes(size)
+        model.measure(bundle, times.record)
+
+        def record(batch: Batch) -> None:
+            metrics.batch(name, batch.rows, batch.run_s, batch.failed, batch.late_rows)
+
+        batcher = Batcher(
+            model.run,
+            bundle.manifest.pixels.shape,
+            size,
+            times=times,
+            max_wait_s=settings.max_wait_s,
+            deterministic=settings.deterministic,
+            on_batch=record,
+            on_bug=on_bug,
+            name=f"batcher {name}/{bundle.version}",
+        )
+        return model.device, batcher
+
+    return make
+
+
+class Pin(NamedTuple):
+    """The version of a model that serves, 0 for none, on which device, and what is wrong."""
+
+    version: int
+    device: str
+    reason: str
+
+
+def serving(pins: Mapping[str, Pin]) -> str:
+    """What serves, for a person to read."""
+    return ", ".join(
+        f"{name}/{pin.version} on {pin.device}" for name, pin in pins.items() if pin.version
+    )
+
+
+# The batcher of a version, and the device that its batches run on; raises BrokenVersion.
+Make = Callable[[Bundle], tuple[str, Batcher | RemoteBatcher]]
+
+
 class Repository:
     """The models of one folder, each served in its newest version that proves itself."""
 
@@ -241,21 +296,28 @@ class Repository:
         settings: Settings,
         budget: Budget,
         metrics: Metrics,
-        on_bug: Callable[[BaseException], None] = lambda bug: None,
+        make: Make,
+        *,
+        pins: "Mapping[str, Pin] | None" = None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Loads every model, or those before `stopping`. Raises BrokenVersion where none at all can
-        be served.
+        """Loads every model, or those before `stopping`. `pins`: models and their versions, where
+        that has been decided. Raises BrokenVersion where none at all can be
+        served.
         """
         self.folder = folder
-        self._settings, self._budget = settings, budget
-        self._metrics, self._on_bug = metrics, on_bug
+        self._settings, self._metrics, self._make = settings, metrics, make
         self._decoders = ThreadPoolExecutor(budget.decode_threads, thread_name_prefix="decode")
         self._entries: dict[str, Entry] = {}
-        for name in bundles.names(folder):
+        for name in bundles.names(folder) if pins is None else pins:
             if stopping():
                 return
-            self._entries[name] = self._load(name)
+            if pins is None:
+                self._entries[name] = self._load(name, bundles.versions(folder / name)[::-1])
+            else:
+                pin = pins[name]
+                entry = self._load(name, [pin.version] if pin.version else [])
+                self._entries[name] = replace(entry, reason=pin.reason or entry.reason)
         if not self._entries:
             raise BrokenVersion(
                 f"no models in {folder}: train one with `convoy train --models {folder}`, "
@@ -279,48 +341,24 @@ class Repository:
                 ", ".join(map(repr, ignored)),
             )
 
-    def _load(self, name: str) -> Entry:
+    def _load(self, name: str, versions: Sequence[int]) -> Entry:
         reasons: list[str] = []
-        for version in reversed(bundles.versions(self.folder / name)):
+        for version in versions:
             try:
                 bundle = bundles.read(self.folder / name / str(version))
-                model = Model.load(bundle, self._settings.device, self._budget.run_threads)
-                batcher = self._batcher(bundle, model)
+                device, batcher = self._make(bundle)
             # Whatever is wrong with one version, the others and the other models can be served.
             except Exception as error:
                 unforeseen = None if isinstance(error, BrokenVersion) else error
                 log.error("%s/%d is not served: %s", name, version, error, exc_info=unforeseen)
                 reasons.append(str(error) or repr(error))
                 continue
-            served = Served(
-                bundle, model.device, batcher, self._decoders, self._metrics, self._settings
-            )
-            self._metrics.serving(name, version, bundle.sha256, model.device)
+            served = Served(bundle, device, batcher, self._decoders, self._metrics, self._settings)
+            self._metrics.serving(name, version, bundle.sha256, device)
             self._metrics.broken_versions(name, len(reasons))
             return Entry(name, served, reasons[0] if reasons else "")
         self._metrics.broken_versions(name, len(reasons))
-        return Entry(name, None, reasons[0])
-
-    def _batcher(self, bundle: Bundle, model: Model) -> Batcher:
-        """The batcher of a model that has proved itself, which knows how long batches take."""
-        name, size = bundle.name, bundle.manifest.max_batch_size
-        times = BatchTimes(size)
-        model.measure(bundle, times.record)
-
-        def record(batch: Batch) -> None:
-            self._metrics.batch(name, batch.rows, batch.run_s, batch.failed, batch.late_rows)
-
-        return Batcher(
-            model.run,
-            bundle.manifest.pixels.shape,
-            size,
-            times=times,
-            max_wait_s=self._settings.max_wait_s,
-            deterministic=self._settings.deterministic,
-            on_batch=record,
-            on_bug=self._on_bug,
-            name=f"batcher {name}/{bundle.version}",
-        )
+        return Entry(name, None, reasons[0] if reasons else "no version of it works")
 
     def get(self, name: str, version: int = 0) -> Served:
         """What answers for model `name` (empty: the only one there is), `version` (0: any).
@@ -344,6 +382,15 @@ class Repository:
 
     def entries(self) -> list[Entry]:
         return list(self._entries.values())
+
+    def pins(self) -> "dict[str, Pin]":
+        """What was decided here, for other processes to do the same."""
+        return {
+            name: Pin(entry.served.version, entry.served.device, entry.reason)
+            if entry.served
+            else Pin(0, "", entry.reason)
+            for name, entry in self._entries.items()
+        }
 
     def close(self) -> None:
         """Finishes what waits, in every model."""

@@ -1,37 +1,28 @@
-"""The life of one process: load and prove the models, open, be ready, drain, stop."""
+"""`convoy serve`: one process that does everything, or a supervisor of several."""
 
 import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from service import classifier_rpc, inference_rpc, metrics, transport
-from service.batcher import Batcher
-from service.classifier_rpc import ClassifierRpc
+from service import metrics
+from service.acceptor import Acceptor, bracketed, no_port
 from service.cpu import split, usable_cores
 from service.errors import ConvoyError
-from service.front import Front
-from service.health import Health, add_reflection
-from service.inference_rpc import InferenceRpc
 from service.metrics import Metrics
-from service.repository import Repository, Served
+from service.repository import Repository, runs_here, serving
 from service.settings import Settings, default_models
+from service.workers import Supervisor, log_to_stderr
 
 log = logging.getLogger("convoy.server")
-
-# On one core, batches this short run between two calls; longer ones would keep callers waiting.
-_SHORT_S = 0.02
 
 
 def serve(settings: Settings) -> int:
@@ -39,81 +30,84 @@ def serve(settings: Settings) -> int:
 
     Ready means that every model that serves has proved itself and is warm, and the port is open.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)-8s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    log_to_stderr(settings)
+    several = settings.acceptors > 1 or settings.engines > 0
+    server: _Alone | _Several = _Several(settings) if several else _Alone(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.on_signal)
     try:
-        return _Process(settings).run()
+        snapshot, ready = server.snapshot, server.ready
+        http = _serve_http(settings.host, settings.metrics_port, metrics.registry(snapshot), ready)
+        try:
+            return server.run(http.server_port)
+        finally:
+            http.shutdown()
+            http.server_close()
     except (ConvoyError, OSError) as error:
         log.error("%s", error)
         return 1
 
 
-class _Process:
+def _tell_ready(settings: Settings, models: str, port: int, http_port: int) -> None:
+    host = bracketed(settings.host)
+    log.info(
+        "ready in %.2f s: %s; gRPC on %s:%d, metrics on http://%s:%d/metrics",
+        _process_age_s(), models, host, port, host, http_port,
+    )  # fmt: skip
+
+
+class _Alone:
+    """Acceptor and engine in this process."""
+
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._metrics = Metrics()
         self._acceptor: Acceptor | None = None
         self._signals: list[int] = []
         self._bug: BaseException | None = None
+        self.snapshot = self._metrics.snapshot
 
-    def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        settings = self._settings
-        budget = split(usable_cores(), 1, 1, settings.decode_threads, settings.run_threads)
+    def run(self, http_port: int) -> int:
+        settings, cores = self._settings, usable_cores()
+        budget = split(cores, 1, 1, settings.decode_threads, settings.run_threads)
         log.info("%s", budget)
-        registry = metrics.registry(self._metrics.snapshot)
-        http = _serve_http(settings.host, settings.metrics_port, registry, self._ready)
+        self._metrics.budget(budget)
+        repository = Repository(
+            settings.models or default_models(),
+            settings,
+            budget,
+            self._metrics,
+            runs_here(settings, budget, self._metrics, self._on_bug),
+            stopping=lambda: bool(self._signals),
+        )
         try:
-            repository = Repository(
-                settings.models or default_models(),
-                settings,
-                budget,
-                self._metrics,
-                self._on_bug,
-                lambda: bool(self._signals),
+            if self._signals:  # one came while models loaded
+                return 0
+
+            def on_ready(ready: bool) -> None:
+                if ready:
+                    _tell_ready(settings, serving(repository.pins()), port, http_port)
+
+            acceptor = Acceptor(
+                settings, repository, self._metrics, one_core=cores < 2, on_ready=on_ready
             )
-            try:
-                if not self._signals:  # one may have come while models loaded
-                    acceptor = Acceptor(settings, repository, self._metrics)
-                    port = acceptor.bind()
-                    self._acceptor = acceptor
-                    acceptor.run(lambda: self._tell_ready(repository, port, http.server_port))
-            finally:
-                repository.close()
+            port = acceptor.bind(settings.port)
+            self._acceptor = acceptor
+            acceptor.run()
         finally:
-            http.shutdown()
-            http.server_close()
+            repository.close()
         return 1 if self._bug else 0
 
-    def _ready(self) -> bool:
+    def ready(self) -> bool:
         return self._acceptor is not None and self._acceptor.ready
 
-    def _tell_ready(self, repository: Repository, port: int, http_port: int) -> None:
-        host = _bracketed(self._settings.host)
-        log.info(
-            "ready in %.2f s: %s; gRPC on %s:%d, metrics on http://%s:%d/metrics",
-            _process_age_s(),
-            ", ".join(
-                f"{entry.name}/{entry.served.version} on {entry.served.device}"
-                for entry in repository.entries()
-                if entry.served
-            ),
-            host, port, host, http_port,
-        )  # fmt: skip
-
-    def _on_signal(self, number: int, _: object) -> None:
+    def on_signal(self, number: int, _: object) -> None:
         self._signals.append(number)
         if len(self._signals) > 1:
             log.warning("second signal: stopping at once")
             os._exit(128 + number)
         if self._acceptor:
-            self._acceptor.stop(
-                self._settings.shutdown_delay_s if number == signal.SIGTERM else 0.0
-            )
+            self._acceptor.stop(self._settings.delay_s(number))
 
     def _on_bug(self, bug: BaseException) -> None:
         self._bug = bug
@@ -121,146 +115,28 @@ class _Process:
             self._acceptor.stop(0.0)
 
 
-class Acceptor:
-    """Takes calls from being ready until it has drained."""
+class _Several:
+    """Acceptors and engines in processes of their own."""
 
-    def __init__(self, settings: Settings, repository: Repository, metrics: Metrics) -> None:
-        self._settings, self._repository = settings, repository
-        max_bytes = int(settings.max_request_mb * 1e6)
-        self._loop = transport.server(
-            [
-                # Above our own limit, which answers INVALID_ARGUMENT: the library's own answer,
-                # RESOURCE_EXHAUSTED, invites retries.
-                ("grpc.max_receive_message_length", 2 * max_bytes),
-                ("grpc.max_send_message_length", -1),
-                # Two servers on one port would each get some of the connections, unnoticed.
-                ("grpc.so_reuseport", 0),
-                # gRPC answers calls that it has not yet handed to us with CANCELLED, from 1000 on
-                # now and then, from 3000 on always. Ours is RESOURCE_EXHAUSTED, and is counted.
-                ("grpc.server.max_pending_requests", 100_000),
-                ("grpc.server.max_pending_requests_hard_limit", 200_000),
-            ],
-            public=settings.front == "public",
-        )
-        self._front = front = Front(
-            self._loop,
-            metrics,
-            max_request_bytes=max_bytes,
-            max_in_flight=settings.max_in_flight,
-            max_held_bytes=int(settings.max_held_mb * 1e6),
-            # Beside its images a request has a few fields of its own.
-            max_parts=settings.max_images + 1000,
-        )
-        self.ready = self._stopping = False
-        self._health = Health(front)
-        ClassifierRpc(repository, front.hold).register(front)
-        InferenceRpc(repository, lambda: self.ready, front.hold).register(front)
-        add_reflection(front, [classifier_rpc.SERVICE, inference_rpc.SERVICE, HEALTH])
-        self._runs_here: list[Batcher] = []
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._supervisor = Supervisor(settings)
+        self.snapshot, self.ready = self._supervisor.snapshot, self._supervisor.ready
+        self._signals = 0
 
-    def bind(self) -> int:
-        """The port it listens on. Raises ConvoyError where it can't."""
-        settings = self._settings
-        try:
-            return self._loop.bind(
-                f"{_bracketed(settings.host)}:{settings.port}", _credentials(settings)
-            )
-        # gRPC does not say why; HTTP could listen on this host, so it must be the port.
-        except RuntimeError:
-            reason = "it is taken, or not ours"
-            raise _no_port(settings.host, settings.port, "--port", reason) from None
+    def run(self, http_port: int) -> int:
+        def on_ready(models: str, port: int) -> None:
+            _tell_ready(self._settings, models, port, http_port)
 
-    def run(self, on_ready: Callable[[], None]) -> None:
-        """Serves until it was stopped and has drained."""
-        for entry in self._repository.entries():
-            if entry.served:
-                self._start(entry.served)
-        self._loop.waiting, self._loop.step = self._waiting, self._run_batches
-        self._loop.post(lambda: self._open(on_ready))
-        self._loop.run()
-        log.info("stopped")
+        return self._supervisor.run(on_ready)
 
-    def stop(self, delay_s: float) -> None:
-        """From any thread: is no longer ready, drains after `delay_s`, then `run` returns."""
-        self._loop.post(lambda: self._withdraw(delay_s))
-
-    def _start(self, served: Served) -> None:
-        batcher = served.batcher
-        if usable_cores() < 2 and batcher.wait_s(served.manifest.max_batch_size) < _SHORT_S:
-            self._runs_here.append(batcher)
-        else:
-            batcher.start()
-
-    def _waiting(self) -> bool:
-        for batcher in self._runs_here:  # noqa: SIM110 (a generator costs more than the look)
-            if batcher.waiting:
-                return True
-        return False
-
-    def _run_batches(self) -> None:
-        for batcher in self._runs_here:
-            batcher.run_next()
-
-    def _open(self, on_ready: Callable[[], None]) -> None:
-        # "" is the process itself: it stays SERVING while it drains, or probes would kill it.
-        self._health.set("", True)
-        for entry in self._repository.entries():
-            self._health.set(entry.name, entry.served is not None)
-        for name in (classifier_rpc.SERVICE, inference_rpc.SERVICE):
-            self._health.set(name, True)
-        self.ready = True
-        on_ready()
-
-    def _withdraw(self, delay_s: float) -> None:
-        if self._stopping:
-            return
-        self._stopping, self.ready = True, False
-        names = [entry.name for entry in self._repository.entries()]
-        for name in (classifier_rpc.SERVICE, inference_rpc.SERVICE, *names):
-            self._health.set(name, False)
-        if delay_s:
-            log.info("not ready; still answering for %g s", delay_s)
-        self._loop.at(time.monotonic() + delay_s, self._drain)
-
-    def _drain(self) -> None:
-        grace_s = self._settings.drain_grace_s
-        log.info("draining, for at most %g s", grace_s)
-        self._loop.at(time.monotonic() + grace_s, self._cut_off)
-        self._front.drain(self._end)
-
-    def _cut_off(self) -> None:
-        log.warning(
-            "%d calls were cut off after %g s", self._front.close(), self._settings.drain_grace_s
-        )
-        self._loop.stop()
-
-    def _end(self) -> None:
-        self._front.close()
-        self._loop.stop()
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """For TLS. Raises ConvoyError where the settings or files are incomplete."""
-    certificate, key, ca = settings.tls_certificate, settings.tls_key, settings.tls_client_ca
-    if not (certificate or key or ca):
-        return None
-    if not (certificate and key):
-        raise ConvoyError("TLS needs both --tls-certificate and --tls-key")
-    return grpc.ssl_server_credentials(
-        [(key.read_bytes(), certificate.read_bytes())],
-        ca.read_bytes() if ca else None,
-        require_client_auth=ca is not None,
-    )
-
-
-def _no_port(host: str, port: int, flag: str, reason: str) -> ConvoyError:
-    return ConvoyError(
-        f"can't listen on port {port} of {host}: {reason}; choose another with {flag}, or a --host"
-    )
+    def on_signal(self, number: int, _: object) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            log.warning("second signal: stopping at once")
+            self._supervisor.kill()
+            os._exit(128 + number)
+        self._supervisor.stop(self._settings.delay_s(number))
 
 
 def _process_age_s() -> float:
@@ -311,7 +187,7 @@ def _serve_http(
     try:
         server = Server((host, port), Handler)
     except OSError as error:
-        raise _no_port(host, port, "--metrics-port", error.strerror or str(error)) from error
+        raise no_port(host, port, "--metrics-port", error.strerror or str(error)) from error
     server.daemon_threads = True
     # The interval is how long `shutdown` may take.
     threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True).start()

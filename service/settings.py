@@ -3,6 +3,7 @@
 Only the command line reads the environment; everything else is handed a `Settings`.
 """
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,6 +44,13 @@ class Settings:
     device: Device = "auto"
     """Where models run: auto takes CUDA where the installed ONNX Runtime offers it; cuda refuses to
     start without."""
+
+    acceptors: Count = 1
+    """Processes that take calls and decode images, all on the one port."""
+
+    engines: CountOrAuto = 0
+    """Processes that run batches, to which acceptors hand pixels through shared memory; 0 means that
+    each acceptor runs its own."""
 
     run_threads: CountOrAuto = 0
     """Threads that ONNX Runtime uses for one batch on a CPU; 0 means one for each usable core."""
@@ -96,6 +104,10 @@ class Settings:
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe messages that are logged, to standard error."""
+
+    def delay_s(self, number: int) -> float:
+        """How long a signal leaves before draining: Ctrl-C none."""
+        return self.shutdown_delay_s if number == signal.SIGTERM else 0.0
 
 
 def default_models() -> Path:

@@ -1,0 +1,203 @@
+"""The side of the service that callers see: APIs, health, readiness and draining, on one loop."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
+
+from service import classifier_rpc, inference_rpc, transport
+from service.batcher import Batcher
+from service.channel import RemoteBatcher
+from service.classifier_rpc import ClassifierRpc
+from service.errors import ConvoyError
+from service.front import Front
+from service.health import Health, add_reflection
+from service.inference_rpc import InferenceRpc
+from service.metrics import Metrics
+from service.repository import Repository, Served
+from service.settings import Settings
+
+log = logging.getLogger("convoy.acceptor")
+
+# Batches this short run between two calls, on one core; longer ones would keep callers waiting.
+_SHORT_S = 0.02
+
+
+def is_short(served: Served) -> bool:
+    """Whether its batches may run on a thread that others wait for."""
+    return served.batcher.wait_s(served.manifest.max_batch_size) < _SHORT_S
+
+
+class Acceptor:
+    """Takes calls from being ready until it has drained."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        repository: Repository,
+        metrics: Metrics,
+        *,
+        one_core: bool,
+        shared_port: bool = False,
+        on_ready: Callable[[bool], None] = lambda ready: None,
+    ) -> None:
+        """`one_core`: short batches run on the loop's own thread. `shared_port`: others listen on the
+        same one. `on_ready` hears of each change of `ready`.
+        """
+        self._settings, self._repository, self._one_core = settings, repository, one_core
+        self._on_ready = on_ready
+        max_bytes = int(settings.max_request_mb * 1e6)
+        self._loop = transport.server(
+            [
+                # Above our own limit, which answers INVALID_ARGUMENT: the library's own answer,
+                # RESOURCE_EXHAUSTED, invites retries.
+                ("grpc.max_receive_message_length", 2 * max_bytes),
+                ("grpc.max_send_message_length", -1),
+                # Two servers on one port would each get some of the connections, unnoticed.
+                ("grpc.so_reuseport", int(shared_port)),
+                # gRPC answers calls that it has not yet handed to us with CANCELLED, from 1000 on
+                # now and then, from 3000 on always. Ours is RESOURCE_EXHAUSTED, and is counted.
+                ("grpc.server.max_pending_requests", 100_000),
+                ("grpc.server.max_pending_requests_hard_limit", 200_000),
+            ],
+            public=settings.front == "public",
+        )
+        self._front = front = Front(
+            self._loop,
+            metrics,
+            max_request_bytes=max_bytes,
+            max_in_flight=settings.max_in_flight,
+            max_held_bytes=int(settings.max_held_mb * 1e6),
+            # Beside its images a request has a few fields of its own.
+            max_parts=settings.max_images + 1000,
+        )
+        self._open = self._stopping = self._was_ready = False
+        self._health = Health(front)
+        ClassifierRpc(repository, front.hold).register(front)
+        InferenceRpc(repository, lambda: self.ready, front.hold).register(front)
+        add_reflection(front, [classifier_rpc.SERVICE, inference_rpc.SERVICE, HEALTH])
+        self._runs_here: list[Batcher | RemoteBatcher] = []
+
+    @property
+    def ready(self) -> bool:
+        """Every model that has a version that works can be asked."""
+        return (
+            self._open
+            and not self._stopping
+            and all(
+                entry.served.batcher.ready for entry in self._repository.entries() if entry.served
+            )
+        )
+
+    def bind(self, port: int) -> int:
+        """The port it listens on. Raises ConvoyError where it can't."""
+        settings = self._settings
+        try:
+            return self._loop.bind(f"{bracketed(settings.host)}:{port}", _credentials(settings))
+        # gRPC does not say why; HTTP could listen on this host, so it must be the port.
+        except RuntimeError:
+            raise no_port(settings.host, port, "--port", "it is taken, or not ours") from None
+
+    def run(self) -> None:
+        """Serves until it was stopped and has drained."""
+        for entry in self._repository.entries():
+            if entry.served:
+                self._start(entry.served)
+        self._loop.waiting, self._loop.step = self._waiting, self._run_batches
+        self._loop.post(self._begin)
+        self._loop.run()
+        log.info("stopped")
+
+    def stop(self, delay_s: float) -> None:
+        """From any thread: is no longer ready, drains after `delay_s`, then `run` returns."""
+        self._loop.post(lambda: self._withdraw(delay_s))
+
+    def changed(self) -> None:
+        """From any thread: models may have become ready, or no longer be."""
+        self._loop.post(self._tell)
+
+    def _start(self, served: Served) -> None:
+        # What is sent to engines goes when all that has arrived is taken, in one go.
+        if isinstance(served.batcher, RemoteBatcher) or (self._one_core and is_short(served)):
+            self._runs_here.append(served.batcher)
+        else:
+            served.batcher.start()
+
+    def _waiting(self) -> bool:
+        for batcher in self._runs_here:  # noqa: SIM110 (a generator costs more than the look)
+            if batcher.waiting:
+                return True
+        return False
+
+    def _run_batches(self) -> None:
+        for batcher in self._runs_here:
+            batcher.run_next()
+
+    def _begin(self) -> None:
+        self._open = True
+        # "" is the process itself: it stays SERVING while it drains, or probes would kill it.
+        self._health.set("", True)
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self._open:
+            return
+        for entry in self._repository.entries():
+            serving = entry.served is not None and entry.served.batcher.ready
+            self._health.set(entry.name, serving and not self._stopping)
+        ready = self.ready
+        for name in (classifier_rpc.SERVICE, inference_rpc.SERVICE):
+            self._health.set(name, ready)
+        if ready != self._was_ready:
+            self._was_ready = ready
+            self._on_ready(ready)
+
+    def _withdraw(self, delay_s: float) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        self._tell()
+        if delay_s:
+            log.info("not ready; still answering for %g s", delay_s)
+        self._loop.at(time.monotonic() + delay_s, self._drain)
+
+    def _drain(self) -> None:
+        grace_s = self._settings.drain_grace_s
+        log.info("draining, for at most %g s", grace_s)
+        self._loop.at(time.monotonic() + grace_s, self._cut_off)
+        self._front.drain(self._end)
+
+    def _cut_off(self) -> None:
+        calls, grace_s = self._front.close(), self._settings.drain_grace_s
+        log.warning("%d calls were cut off after %g s", calls, grace_s)
+        self._loop.stop()
+
+    def _end(self) -> None:
+        self._front.close()
+        self._loop.stop()
+
+
+def bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """For TLS. Raises ConvoyError where the settings or files are incomplete."""
+    certificate, key, ca = settings.tls_certificate, settings.tls_key, settings.tls_client_ca
+    if not (certificate or key or ca):
+        return None
+    if not (certificate and key):
+        raise ConvoyError("TLS needs both --tls-certificate and --tls-key")
+    return grpc.ssl_server_credentials(
+        [(key.read_bytes(), certificate.read_bytes())],
+        ca.read_bytes() if ca else None,
+        require_client_auth=ca is not None,
+    )
+
+
+def no_port(host: str, port: int, flag: str, reason: str) -> ConvoyError:
+    return ConvoyError(
+        f"can't listen on port {port} of {host}: {reason}; choose another with {flag}, or a --host"
+    )

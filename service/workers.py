@@ -1,0 +1,482 @@
+"""Several processes behind one port: acceptors, engines, and the supervisor that minds them.
+
+Each worker has a pipe to the supervisor. Down it come its orders (what to be, to stop, to tell its
+metrics), up it go its answers; its end is the end of the other side. Pixels never travel there.
+"""
+
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from service.acceptor import Acceptor, is_short, no_port
+from service.batcher import Batcher
+from service.bundle import Bundle
+from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatcher, listen
+from service.cpu import Budget, split, usable_cores
+from service.errors import ConvoyError
+from service.metrics import Metrics, Snapshot, merge
+from service.repository import Make, Pin, Repository, runs_here, serving
+from service.settings import Settings, default_models
+
+log = logging.getLogger("convoy.workers")
+
+# A worker that lived this long had begun well: the next one is started at once. Others wait, each
+# time twice as long, up to the longest.
+_SETTLED_S, _RETRY_S, _LONGEST_RETRY_S = 30.0, 0.1, 10.0
+
+# What a killed worker counted after the last time it was asked is lost.
+_ASK_S = 1.0
+# How long /metrics waits for workers that are busy.
+_ANSWER_S = 0.5
+
+# After the time for draining, how long a worker may take to end.
+_END_S = 5.0
+
+
+def log_to_stderr(settings: Settings, process: str = "") -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format=f"%(asctime)s %(levelname)-8s {process and process + ' '}%(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a worker is to be. With `engines` (paths) it hands its rows to these; with a `listener`
+    (file descriptor) it is an engine; with neither it does everything.
+    """
+
+    name: str
+    settings: Settings
+    budget: Budget
+    port: int = 0
+    listener: int = -1
+    engines: tuple[str, ...] = ()
+    pins: dict[str, Pin] | None = None
+
+
+# Not `-m`: what is pickled would then be of two modules.
+_MAIN = "from service.workers import main; main()"
+
+
+# The worker's side.
+
+
+def main() -> None:
+    """A worker's process: the file descriptor of its pipe is its one argument."""
+    sys.exit(work(Connection(int(sys.argv[1]))))
+
+
+def work(pipe: Connection) -> int:
+    """One worker, until it is told to stop; its exit status."""
+    # Signals are for the supervisor, also where a terminal sends them to all.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    orders: Orders = pipe.recv()
+    log_to_stderr(orders.settings, orders.name)
+    worker = _Worker(orders, pipe)
+    try:
+        worker.engine() if orders.listener >= 0 else worker.acceptor()
+    except (ConvoyError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    return 1 if worker.bug else 0
+
+
+class _Worker:
+    def __init__(self, orders: Orders, pipe: Connection) -> None:
+        self._orders, self._pipe = orders, pipe
+        self._metrics = Metrics()
+        self._sending = threading.Lock()
+        self.bug: BaseException | None = None
+        self._stop: Callable[[float], None] = lambda delay_s: os._exit(0)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                kind, value = self._pipe.recv()
+                if kind == "stop":
+                    self._stop(value)
+                else:
+                    self._tell("snapshot", (value, self._metrics.snapshot()))
+        # Nobody is left who would start another worker, or ask this one for its metrics.
+        except (EOFError, OSError):
+            os._exit(1)
+
+    def _tell(self, kind: str, value: Any) -> None:
+        with self._sending:
+            self._pipe.send((kind, value))
+
+    def _on_bug(self, bug: BaseException) -> None:
+        self.bug = bug
+        self._stop(0.0)
+
+    def _repository(self, make: Make) -> Repository:
+        orders = self._orders
+        return Repository(
+            orders.settings.models or default_models(),
+            orders.settings,
+            orders.budget,
+            self._metrics,
+            make,
+            pins=orders.pins,
+        )
+
+    def _runs_here(self) -> Make:
+        orders = self._orders
+        return runs_here(orders.settings, orders.budget, self._metrics, self._on_bug)
+
+    def engine(self) -> None:
+        repository = self._repository(self._runs_here())
+        hosted = []
+        for entry in repository.entries():
+            if (served := entry.served) and isinstance(served.batcher, Batcher):
+                inline = is_short(served)
+                hosted.append(Hosted(_info(served.bundle, served.device), served.batcher, inline))
+                if not inline:
+                    served.batcher.start()
+        server = EngineServer(socket.socket(fileno=self._orders.listener), hosted)
+        self._stop = lambda delay_s: server.close()
+        self._tell("ready", repository.pins())
+        server.serve()
+        repository.close()
+
+    def acceptor(self) -> None:
+        orders, acceptor = self._orders, None
+        engines = None
+        make = self._runs_here()
+        if orders.engines:
+            engines = Engines(
+                orders.engines,
+                on_change=lambda path, models: acceptor.changed() if acceptor else None,
+                on_bug=self._on_bug,
+            )
+            make = self._runs_there(engines)
+        repository = self._repository(make)
+        acceptor = Acceptor(
+            orders.settings,
+            repository,
+            self._metrics,
+            one_core=orders.budget.cores < 2,
+            shared_port=True,
+            on_ready=lambda ready: self._tell("ready", repository.pins() if ready else None),
+        )
+        acceptor.bind(orders.port)
+        self._stop = acceptor.stop
+        acceptor.run()
+        repository.close()
+        if engines:
+            engines.close()
+
+    def _runs_there(self, engines: Engines) -> Make:
+        """What makes a batcher whose batches run in the engines."""
+        settings, pins = self._orders.settings, self._orders.pins or {}
+
+        def make(bundle: Bundle) -> tuple[str, RemoteBatcher]:
+            device = pins[bundle.name].device
+            info = _info(bundle, device)
+            return device, RemoteBatcher(engines, info, max_wait_s=settings.max_wait_s)
+
+        return make
+
+
+def _info(bundle: Bundle, device: str) -> ModelInfo:
+    manifest = bundle.manifest
+    return ModelInfo(
+        bundle.name,
+        bundle.version,
+        manifest.pixels.shape,
+        len(manifest.labels),
+        manifest.max_batch_size,
+        device,
+        bundle.sha256,
+    )
+
+
+# The supervisor's side.
+
+
+class _Member:
+    """A place in the crew, and the process that fills it, if one does."""
+
+    def __init__(self, orders: Orders) -> None:
+        self.orders = orders
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pipe: Connection | None = None
+        self.ready = False
+        self.snapshot: Snapshot = {}
+        self.started = 0.0
+        self.start_at = 0.0
+        self.retry_s = _RETRY_S
+
+    @property
+    def engine(self) -> bool:
+        return self.orders.listener >= 0
+
+
+class Supervisor:
+    """Starts the workers, replaces those that die, adds their metrics up, and stops them in order."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._metrics = Metrics()
+        self._members: list[_Member] = []
+        self._dead: Snapshot = {}
+        self._asked = itertools.count(1)
+        self._answers: dict[int, set[str]] = {}
+        # Guards what is known of the members, which /metrics asks for on its own threads.
+        self._changed = threading.Condition()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stopping: float | None = None  # by then everyone has ended
+        self._delay_s: float | None = None
+        self._failed = self._was_ready = False
+        self._killed = False
+
+    def run(self, on_ready: Callable[[str, int], None]) -> int:
+        """Until `stop`, and all have ended; the exit status. `on_ready` hears what serves, and the
+        port, when all are ready for the first time.
+        """
+        settings, cores = self._settings, usable_cores()
+        acceptors, engines = settings.acceptors, settings.engines
+        if engines:
+            budget = split(cores, acceptors, engines, settings.decode_threads, settings.run_threads)
+            log.info("%s", budget)
+        else:
+            share = cores / acceptors
+            budget = split(share, 1, 1, settings.decode_threads, settings.run_threads)
+            log.info("%d workers, each with %s", acceptors, budget)
+        self._metrics.budget(
+            replace(budget, cores=cores, acceptors=acceptors, engines=engines or acceptors)
+        )
+        with tempfile.TemporaryDirectory(prefix="convoy-") as folder, _reserve(settings) as port:
+            self._port = port.getsockname()[1]
+            paths = tuple(str(Path(folder) / f"engine-{n}") for n in range(engines))
+            listeners = [listen(path) for path in paths]
+            for n, listener in enumerate(listeners):
+                self._members.append(
+                    _Member(Orders(f"engine-{n}", settings, budget, listener=listener.fileno()))
+                )
+            for n in range(acceptors):
+                self._members.append(
+                    _Member(Orders(f"acceptor-{n}", settings, budget, self._port, engines=paths))
+                )
+            try:
+                while not self._ended():
+                    self._mind(on_ready)
+            finally:
+                self.kill()
+                for listener in listeners:
+                    listener.close()
+        log.info("stopped")
+        return 1 if self._failed else 0
+
+    def stop(self, delay_s: float) -> None:
+        """From a signal handler: acceptors drain after `delay_s`, then engines end."""
+        self._delay_s = delay_s
+        os.eventfd_write(self._bell, 1)
+
+    def kill(self) -> None:
+        """Ends all workers at once."""
+        self._killed = True
+        for member in self._members:
+            if member.process:
+                member.process.kill()
+
+    def ready(self) -> bool:
+        return self._delay_s is None and any(
+            member.ready for member in self._members if not member.engine
+        )
+
+    def snapshot(self) -> Snapshot:
+        """What all counted, the dead too; may be called from any thread."""
+        number, names = next(self._asked), set()
+        with self._changed:
+            answers: set[str] = set()
+            self._answers[number] = answers
+            for member in self._members:
+                if member.pipe and member.started and _send(member.pipe, "snapshot", number):
+                    names.add(member.orders.name)
+            self._changed.wait_for(lambda: answers >= names, _ANSWER_S)
+            del self._answers[number]
+            known = [member.snapshot for member in self._members if member.process]
+            return merge([*known, self._metrics.snapshot()], [self._dead])
+
+    def _mind(self, on_ready: Callable[[str, int], None]) -> None:
+        """Waits for something to happen, and sees to it."""
+        now = time.monotonic()
+        if self._delay_s is not None and self._stopping is None:
+            self._begin_stop(now)
+        self._start_due(now)
+        if self._stopping is not None and now >= self._stopping:
+            log.warning("workers that had not ended in time were killed")
+            self.kill()
+        pipes = {member.pipe: member for member in self._members if member.pipe}
+        for source in wait([*pipes, self._bell], self._nap(now)):
+            if source == self._bell:
+                os.eventfd_read(self._bell)
+            else:
+                self._hear(pipes[source])  # type: ignore[index]
+        if self._delay_s is None and not self._was_ready and all(m.ready for m in self._members):
+            self._was_ready = True
+            on_ready(serving(self._pins() or {}), self._port)
+
+    def _nap(self, now: float) -> float:
+        due = [member.start_at - now for member in self._members if not member.process]
+        if self._stopping is not None:
+            due = [self._stopping - now]
+        return max(0.0, min([_ASK_S, *due]))
+
+    def _start_due(self, now: float) -> None:
+        if self._stopping is not None or self._failed:
+            return
+        decided = self._pins()
+        for member in self._members:
+            # Acceptors serve what the engines have found to work.
+            waits = not member.engine and member.orders.engines and decided is None
+            if member.process is None and member.start_at <= now and not waits:
+                if decided is not None:
+                    member.orders = replace(member.orders, pins=decided)
+                self._start(member, now)
+
+    def _pins(self) -> dict[str, Pin] | None:
+        for member in self._members:
+            if member.orders.pins is not None:
+                return member.orders.pins
+        return None
+
+    def _start(self, member: _Member, now: float) -> None:
+        ours, theirs = socket.socketpair()
+        passed = [theirs.fileno(), *([member.orders.listener] if member.engine else [])]
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _MAIN, str(theirs.fileno())], pass_fds=passed
+            )
+        with self._changed:
+            member.process, member.pipe = process, Connection(ours.detach())
+            member.started, member.ready = now, False
+            member.pipe.send(member.orders)
+        self._metrics.process_started(member.orders.name)
+
+    def _hear(self, member: _Member) -> None:
+        assert member.pipe
+        try:
+            kind, value = member.pipe.recv()
+        except (EOFError, OSError):
+            self._bury(member)
+            return
+        with self._changed:
+            if kind == "snapshot":
+                number, member.snapshot = value
+                if number in self._answers:
+                    self._answers[number].add(member.orders.name)
+                self._changed.notify_all()
+                return
+            member.ready = value is not None
+        if value is None:
+            log.warning("%s is not ready", member.orders.name)
+            return
+        log.info("%s is ready (pid %d)", member.orders.name, member.process and member.process.pid)
+        decided = self._pins()
+        if decided is None:
+            member.orders = replace(member.orders, pins=value)
+        elif value != decided:
+            # A version was published while engines started. The next one takes what is decided.
+            log.warning("%s has other versions than the others: it is replaced", member.orders.name)
+            if member.process:
+                member.process.kill()
+
+    def _bury(self, member: _Member) -> None:
+        """Its pipe is closed: it has ended, or does at once."""
+        assert member.process
+        assert member.pipe
+        status = member.process.wait()
+        now, name = time.monotonic(), member.orders.name
+        with self._changed:
+            member.pipe.close()
+            # Its numbers stay in the sum.
+            self._dead = merge([], [self._dead, member.snapshot])
+            member.process = member.pipe = None
+            member.snapshot, was_ready, member.ready = {}, member.ready, False
+            self._changed.notify_all()
+        if self._stopping is not None or self._failed:
+            if status and not self._killed:
+                log.warning("%s ended with status %d", name, status)
+            return
+        if not was_ready and not self._was_ready:
+            log.error("%s could not start (status %d)", name, status)
+            self._failed = True
+            self.stop(0.0)
+            return
+        lived_s = now - member.started
+        member.retry_s = (
+            _RETRY_S if lived_s > _SETTLED_S else min(2 * member.retry_s, _LONGEST_RETRY_S)
+        )
+        member.start_at = now + (0.0 if lived_s > _SETTLED_S else member.retry_s)
+        log.error(
+            "%s died (status %d): the next one starts in %.1f s",
+            name,
+            status,
+            member.start_at - now,
+        )
+
+    def _begin_stop(self, now: float) -> None:
+        assert self._delay_s is not None
+        if self._delay_s:
+            log.info("not ready; still answering for %g s", self._delay_s)
+        self._stopping = now + self._delay_s + self._settings.drain_grace_s + _END_S
+        for member in self._members:
+            if member.pipe and not member.engine:
+                _send(member.pipe, "stop", self._delay_s)
+
+    def _ended(self) -> bool:
+        """Whether all have ended. Engines are stopped when no acceptor is left to ask them."""
+        if self._stopping is None:
+            return False
+        alive = [member for member in self._members if member.process]
+        if all(member.engine for member in alive):
+            for member in alive:
+                if member.pipe and member.ready:
+                    member.ready = False
+                    _send(member.pipe, "stop", 0.0)
+                elif member.process and not member.ready and not member.snapshot:
+                    member.process.kill()  # it has not come as far as listening
+        return not alive
+
+
+def _send(pipe: Connection, kind: str, value: Any) -> bool:
+    try:
+        pipe.send((kind, value))
+    except OSError:
+        return False
+    return True
+
+
+def _reserve(settings: Settings) -> socket.socket:
+    """A socket that keeps the port for the acceptors, which share it: nobody else may have it."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as alone:
+            # A port in use by an SO_REUSEPORT server would be shared with it, unnoticed.
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind((settings.host, settings.port))
+        shared = socket.socket(family, socket.SOCK_STREAM)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        shared.bind((settings.host, settings.port))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise no_port(settings.host, settings.port, "--port", reason) from error
+    return shared
