@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import unquote
 
-import grpc
-
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = (
     0, 1, 3, 4, 6, 7, 8, 9,
 )  # fmt: skip
@@ -36,7 +34,12 @@ _FRAME = struct.Struct(">BHBBI")
 _U32 = struct.Struct(">I")
 _SETTING = struct.Struct(">HI")
 
-CODES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
+_NAMES = (
+    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND",
+    "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED",
+    "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+)  # fmt: skip
+CODES = dict(enumerate(_NAMES))
 _CODE = {name: code for code, name in CODES.items()}
 OK = _CODE["OK"]
 UNAVAILABLE = _CODE["UNAVAILABLE"]

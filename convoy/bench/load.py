@@ -14,7 +14,7 @@ import signal
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import wait
 from types import TracebackType
@@ -42,8 +42,8 @@ _BURST = 64
 _RECONNECT_S = 0.1
 # A client that is later than this can't send at that rate: there is nothing to be measured.
 _LATEST_S = 2.0
-# From the order to begin until the first request: every process must have connected.
-_LEAD_S = 0.05
+# From the order to begin until the first request: it must have reached every process.
+_LEAD_S = 0.02
 
 Rows = NDArray[np.float32]
 
@@ -57,7 +57,7 @@ class Work:
     path: str
     """/package.Service/Method; of a stream, requests are its messages."""
     payloads: Sequence[bytes]
-    """Serialised requests, sent in turn; of a stream without their ids."""
+    """Serialised requests, sent in turn; for a stream, without their ids."""
     stream: bool = False
     connections: int = 1
     truths: Sequence[Rows] | None = None
@@ -170,9 +170,12 @@ class Fleet:
 
         Raises ConvoyError where the server can't be reached, or a process has died.
         """
+        for pipe in self._pipes:
+            pipe.send(load)
+        self._collect(lambda: None)
         begin = time.perf_counter() + _LEAD_S
         for pipe in self._pipes:
-            pipe.send((load, begin))
+            pipe.send(begin)
         return merge(self._collect(lambda: tick(time.perf_counter() - begin)))
 
     def _collect(self, tick: Callable[[], None]) -> list[Any]:
@@ -214,14 +217,18 @@ def _serve(pipe: Pipe, index: int, count: int) -> None:
     # Linux lets a process sleep 50 microseconds longer than it asked for; requests would be late by that.
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
     work: Work = pipe.recv()
+    if not work.stream:
+        work = replace(work, payloads=[frame(message) for message in work.payloads])
     pipe.send(None)
     while True:
         try:
-            load, begin = pipe.recv()
+            load: Load = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(_Sender(work, load, index, count).run(begin))
+            sender = _Sender(work, load, index, count)
+            pipe.send(None)
+            pipe.send(sender.run(pipe.recv()))
         except ConvoyError as error:
             pipe.send(error)
         except OSError as error:
@@ -232,12 +239,11 @@ class _Sender:
     """One load, as far as one process of several sends it."""
 
     def __init__(self, work: Work, load: Load, index: int, count: int) -> None:
+        """Connects, and makes all that can be made before. Raises OSError."""
         self._work, self._load, self._index, self._count = work, load, index, count
+        self._schedule = load.schedule()[index::count] if load.concurrency is None else None
         connections = _share(max(work.connections, count), index, count)
         self._links = [_Link(work, load.timeout_s) for _ in range(connections)]
-        self._payloads = (
-            work.payloads if work.stream else [frame(message) for message in work.payloads]
-        )
         self._due, self._sent, self._answered = array("d"), array("d"), array("d")
         self._code = bytearray()
         self._streams: list[_Stream | None] = []
@@ -246,19 +252,19 @@ class _Sender:
         self._oldest = 0
         self._wrong_rows = 0
         self._details: dict[int, str] = {}
+        for link in self._links:
+            link.connect()
 
     def run(self, begin: float) -> Samples:
         """Sends the load; `begin` is when, on the clock of time.perf_counter."""
-        for link in self._links:
-            link.connect()
         gc.disable()
         try:
             time.sleep(max(0.0, begin - time.perf_counter()))
             cpu, start = time.process_time(), time.perf_counter()
-            if self._load.concurrency is None:
-                self._open(begin)
+            if self._schedule is not None:
+                self._open((begin + self._schedule).tolist())
             else:
-                self._closed(begin, _share(self._load.concurrency, self._index, self._count))
+                self._closed(begin + self._load.length_s)
             self._finish()
             cpu, passed = time.process_time() - cpu, time.perf_counter() - start
         finally:
@@ -275,8 +281,7 @@ class _Sender:
             details=self._details,
         )
 
-    def _open(self, begin: float) -> None:
-        due = (begin + self._load.schedule()[self._index :: self._count]).tolist()
+    def _open(self, due: list[float]) -> None:
         position = 0
         while position < len(due):
             burst = min(position + _BURST, len(due))
@@ -290,8 +295,8 @@ class _Sender:
                     "give it more --processes, or a lower --rate"
                 )
 
-    def _closed(self, begin: float, concurrency: int) -> None:
-        end = begin + self._load.length_s
+    def _closed(self, end: float) -> None:
+        concurrency = _share(self._load.concurrency or 0, self._index, self._count)
         while (now := time.perf_counter()) < end:
             for _ in range(concurrency - self._in_flight):
                 self._start(time.perf_counter())
@@ -324,12 +329,12 @@ class _Sender:
     def _send(self, token: int, now: float) -> None:
         link = self._links[token % len(self._links)]
         try:
-            self._streams[token] = link.start(token, self._payloads[self._payload(token)])
+            self._streams[token] = link.start(token, self._work.payloads[self._payload(token)])
         except OSError as error:
             self._end(Answer(token, UNAVAILABLE, f"can't connect: {error}"), now)
 
     def _payload(self, token: int) -> int:
-        return (token * self._count + self._index) % len(self._payloads)
+        return (token * self._count + self._index) % len(self._work.payloads)
 
     def _poll(self, until: float) -> None:
         """Hands over what is to be sent, waits for answers or `until`, and takes what is there."""

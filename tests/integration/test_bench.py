@@ -42,16 +42,18 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
 
 
 def test_a_sweep_of_the_closed_loop_is_printed_written_and_drawn(
-    shipped: Server, tmp_path: Path
+    shipped: Server, bench: Bench, tmp_path: Path
 ) -> None:
-    written, picture = tmp_path / "load.json", tmp_path / "load.png"
-    result = convoy(
-        "bench", "--server", shipped.target, "--concurrency", "1", "4", "--processes", "2",
-        "--images-per-request", "3", "--check", "--slo-ms", "1000", "--duration-s", "0.3",
-        "--warmup-s", "0.1", "--plot", picture, "--json", written,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    found = json.loads(written.read_text())
+    picture = tmp_path / "load.png"
+    found = bench(
+        shipped.target,
+        concurrency=(1, 4),
+        processes=2,
+        images_per_request=3,
+        check=True,
+        slo_ms=1000,
+        plot=picture,
+    )
     assert [point["concurrency"] for point in found["points"]] == [1, 4]
     for point in found["points"]:
         assert point["statuses"] == {"OK": point["requests"]}
@@ -61,8 +63,8 @@ def test_a_sweep_of_the_closed_loop_is_printed_written_and_drawn(
         assert quantiles == sorted(quantiles)
         assert point["wrong_rows"] == 0
     assert found["settings"]["concurrency"] == [1, 4]
-    assert "4 in flight" in result.stdout
-    assert "check: 0 wrong rows" in result.stdout
+    assert "4 in flight" in found["stdout"]
+    assert "check: 0 wrong rows" in found["stdout"]
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert len(np.unique(np.asarray(image))) > 50
