@@ -292,6 +292,8 @@ class EngineServer:
         try:
             while not self._finished():
                 busy = any(batcher.waiting for batcher in inline)
+                if not busy:
+                    self._publish()
                 for fd, events in self._poller.poll(0 if busy else None):
                     if fd == bell:
                         os.eventfd_read(bell)
@@ -304,15 +306,14 @@ class EngineServer:
                     self._poller.unregister(listening)
                     self._listener.close()
                     listening = -1
-                self._publish()
                 for batcher in inline:
                     if batcher.waiting:
+                        self._publish()
                         batcher.run_next()
-                for acceptor in list(self._acceptors.values()):
-                    acceptor.wire.flush()
+                self._flush()
         finally:
-            for acceptor in list(self._acceptors.values()):
-                self._drop(acceptor)
+            while self._acceptors:
+                self._drop(next(iter(self._acceptors.values())))
             self._listener.close()
             self._poller.close()
             os.close(self._page_fd)
@@ -336,6 +337,10 @@ class EngineServer:
             ahead_s, size = batcher.wait_s(0), info.max_batch_size
             self._waits[2 * i] = math.inf if self._closing else now + ahead_s
             self._waits[2 * i + 1] = (batcher.wait_s(size) - ahead_s) / size
+
+    def _flush(self) -> None:
+        for acceptor in self._acceptors.values():
+            acceptor.wire.flush()
 
     def _accept(self) -> None:
         try:
@@ -445,6 +450,7 @@ class EngineServer:
             retry_after_s = outcome.retry_after_s if isinstance(outcome, Overloaded) else 0.0
             status = _STATUSES.get(type(outcome), _STATUSES[InferenceFailed])
             record = _REPLY.pack(job.number, 0.0, retry_after_s, 0, status)
+        job.ticket = None  # which knows this job by its `done`
         # Gone already where its acceptor has died.
         if job.acceptor.jobs.pop(job.number, None):
             job.acceptor.wire.put(record)
@@ -738,8 +744,8 @@ class Engines:
             log.critical("bug in the connections to the engines", exc_info=True)
             self._on_bug(bug)
         finally:
-            for link in tuple(self._links.values()):
-                self._lose(link)
+            while self._links:
+                self._lose(next(iter(self._links.values())))
             self._poller.close()
 
     def _connect(self, path: str, now: float) -> None:
@@ -802,6 +808,7 @@ class Engines:
             delay if link.routes else min(2 * delay, _LONGEST_RETRY_S),
         )
         if link.routes:
+            link.routes.clear()  # they know the link: its memory would wait for the collector
             self._on_change(link.path, ())
 
     def _settle(self, link: _Link, replies: list[tuple[Any, ...]]) -> None:
@@ -934,12 +941,13 @@ class RemoteBatcher:
 
     def _nearest(self, now: float) -> tuple[_Route, float]:
         """The engine that has the least to do, and for how many seconds."""
-        best, least_s = None, math.inf
+        best: _Route | None = None
+        least_s = math.inf
         for route in self.engines.routes(self._info):
             ahead_s = route.ahead_s(now)
-            if ahead_s < least_s:
+            if best is None or (ahead_s, route.rows) < (least_s, best.rows):
                 best, least_s = route, ahead_s
-        if best is None:
+        if best is None or least_s == math.inf:
             raise NotReady("no engine serves this model at the moment: retry")
         return best, least_s
 
@@ -950,6 +958,11 @@ class RemoteBatcher:
         with self.engines.lock:
             route, ahead_s = self._nearest(time.monotonic())
             return ahead_s + rows * route.row_s
+
+    @property
+    def ready(self) -> bool:
+        """Whether an engine serves the model."""
+        return not self._closed and bool(self.engines.routes(self._info))
 
     @property
     def waiting(self) -> bool:

@@ -20,32 +20,11 @@ import pytest
 from service.batcher import Answer, Batcher, BatchTimes, Outputs, Rows
 from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatcher, listen
 from service.errors import Cancelled, DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from tests.numbered import INFO, POISON, model, numbers, outputs, rows
 
 # Only decides how long a test that hangs takes to fail.
 TIMEOUT_S = 30.0
-COPIES = 48
-INFO = ModelInfo("digits", 3, (8, 8, 3), 2, 4, "CPU", "5ha")
 ROW = INFO.block_bytes(1)
-POISON = 666
-
-
-def rows(*numbers: int) -> Rows:
-    """A row for each number, which fills it."""
-    return np.repeat(np.array(numbers, "<u4"), COPIES).view(np.uint8).reshape(-1, *INFO.row_shape)
-
-
-def outputs(*numbers: int) -> Outputs:
-    """The right answers for `rows` of these numbers."""
-    return np.array([[n, 2 * n + 1] for n in numbers], np.float32)
-
-
-def model(pixels: Rows) -> Outputs:
-    """Fails on POISON; answers -1 for a row that is put together from several."""
-    found = pixels.reshape(len(pixels), -1).view("<u4")
-    if (found == POISON).any():
-        raise RuntimeError("poison")
-    whole = (found == found[:, :1]).all(axis=1)
-    return outputs(*(int(n) if ok else -1 for n, ok in zip(found[:, 0], whole, strict=True)))
 
 
 class Device:
@@ -57,7 +36,7 @@ class Device:
         self._open = threading.Event()
 
     def __call__(self, pixels: Rows) -> Outputs:
-        self.ran += [int(n) for n in pixels.reshape(len(pixels), -1).view("<u4")[:, 0]]
+        self.ran += numbers(pixels)
         self._entered.release()
         assert self._open.wait(TIMEOUT_S)
         return model(pixels)
