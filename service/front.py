@@ -7,10 +7,10 @@ and awaits nothing but `task.Wait`. What it raises becomes a status here, and no
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -59,20 +59,24 @@ class Call:
 
     arrived: float
     deadline: float | None
+    # Has the call ended at a time, if it has not before.
+    expire: Callable[[float], None]
     # Bytes of the fields that were left out when the message was parsed, see `Front.unary`.
-    raw: list[memoryview] = field(default_factory=list)
+    raw: Sequence[memoryview] = ()
     # Set by the handler once it knows: the label under which the call is counted.
     model: str = ""
     # What it holds in memory, in bytes; `Front.hold` adds to it.
     held: int = 0
-    # Has the call ended at a time, if it has not before; set by the front.
-    expire: Callable[[float], None] = lambda when: None
 
     def limit(self, deadline: float) -> None:
         """The caller asked, in the request itself, for an answer by then."""
         if self.deadline is None or deadline < self.deadline:
             self.deadline = deadline
             self.expire(deadline)
+
+
+def _ignore(_: object = None) -> None:
+    pass
 
 
 Handler = Callable[[Any, Call], Coroutine[Wait[Any], Any, Message | bytes]]
@@ -125,7 +129,7 @@ class Front:
         self.loop, self.metrics = loop, metrics
         self._max_bytes, self._max_in_flight = max_request_bytes, max_in_flight
         self._max_held, self._max_parts = max_held_bytes, max_parts
-        self._routes: dict[str, tuple[bool, Callable[[Exchange], None]]] = {}
+        self._routes: dict[str, tuple[bool, Callable[[Exchange], object]]] = {}
         self._in_flight = self._held = self._calls = 0
         self._streams: set[_Stream] = set()
         self._watches: set[_Watch] = set()
@@ -150,11 +154,11 @@ class Front:
         asks for no work should be: a server that is only busy would else be taken for dead.
         `raw_field`: the field whose bytes a large request hands over as `Call.raw`, uncopied.
         """
-
-        def begin(exchange: Exchange) -> None:
-            _Unary(self, exchange, path.rpartition("/")[2], kind, handler, always, raw_field)
-
-        self._routes[path] = (always, begin)
+        name = path.rpartition("/")[2]
+        self._routes[path] = (
+            always,
+            partial(_Unary, _Route(self, name, kind, handler, always, raw_field)),
+        )
 
     def stream(
         self, path: str, kind: type[Message], handler: Handler, refusal: Refusal | None = None
@@ -280,56 +284,55 @@ class Front:
         then: Callable[[Any], None],
         exchange: Exchange,
     ) -> Task:
-        return Task(handler, then, self.loop.here, partial(self._post, exchange))
+        return Task(handler, then, self.loop.thread, partial(self._post, exchange))
 
     def _post(self, exchange: Exchange, callback: Callable[[], None]) -> None:
         self.loop.post(callback, exchange)
 
 
-class _Unary:
-    __slots__ = (
-        "_always", "_call", "_ended", "_exchange", "_front", "_handler", "_kind", "_name",
-        "_raw_field", "_task",
-    )  # fmt: skip
+class _Route(NamedTuple):
+    """A unary call's method: see `Front.unary`."""
 
-    def __init__(
-        self,
-        front: Front,
-        exchange: Exchange,
-        name: str,
-        kind: type[Message],
-        handler: Handler,
-        always: bool,
-        raw_field: int,
-    ) -> None:
-        self._front, self._exchange, self._name = front, exchange, name
-        self._kind, self._handler, self._raw_field = kind, handler, raw_field
-        self._always, self._ended = always, False
+    front: Front
+    name: str
+    kind: type[Message]
+    handler: Handler
+    always: bool
+    raw_field: int
+
+
+class _Unary:
+    __slots__ = ("_call", "_ended", "_exchange", "_route", "_task")
+
+    def __init__(self, route: _Route, exchange: Exchange) -> None:
+        self._route, self._exchange = route, exchange
+        self._ended = False
         self._task: Task | None = None
-        self._call = call = Call(time.monotonic(), exchange.deadline)
-        call.expire = self._expire
-        if not always:
+        self._call = call = Call(time.monotonic(), exchange.deadline, self._expire)
+        front = route.front
+        if not route.always:
             front.started(call, 0)
         exchange.on_gone = self._gone
         exchange.on_closed = front.closed
         exchange.read(self._received)
 
     def _received(self, data: bytes | None) -> None:
-        front, call = self._front, self._call
+        route, call = self._route, self._call
+        front = route.front
         if self._ended:
             return
         if data is None:
             self._end(errors.InvalidRequest("the call has no message"))
             return
         try:
-            if not self._always:
+            if not route.always:
                 front.hold(call, len(data))
-            request = front.parse(self._kind, data, call, self._raw_field)
+            request = front.parse(route.kind, data, call, route.raw_field)
         except errors.ConvoyError as error:
             self._end(error)
             return
         del data
-        self._task = front.task(self._handler(request, call), self._end, self._exchange)
+        self._task = front.task(route.handler(request, call), self._end, self._exchange)
         self._task.run()
 
     def _gone(self) -> None:
@@ -342,14 +345,14 @@ class _Unary:
                 self._end(errors.DeadlineExceeded("the time that the request allowed is over"))
                 self._gone()
 
-        self._front.loop.at(when, expired)
+        self._route.front.loop.at(when, expired)
 
     def _end(self, outcome: Message | bytes | Exception) -> None:
         """With the handler's result; or before it has one, and then again, for nothing."""
         if self._ended:
             return
         self._ended = True
-        front, call, exchange = self._front, self._call, self._exchange
+        route, call, exchange = self._route, self._call, self._exchange
         if exchange.gone:
             code = _ending(call)
         elif isinstance(outcome, Exception):
@@ -358,9 +361,10 @@ class _Unary:
         else:
             code = Code.OK
             exchange.end(0, message=_serialised(outcome))
-        if not self._always:
+        front = route.front
+        if not route.always:
             front.ended(call)
-        front.metrics.finished(self._name, call.model, code.name, time.monotonic() - call.arrived)
+        front.metrics.finished(route.name, call.model, code.name, time.monotonic() - call.arrived)
 
 
 def _serialised(message: Message | bytes) -> bytes:
@@ -420,7 +424,7 @@ class _Stream:
             self._over = True
             self.end_if_done()
             return
-        front, call = self._front, Call(time.monotonic(), self._exchange.deadline)
+        front, call = self._front, Call(time.monotonic(), self._exchange.deadline, _ignore)
         refused, request = front.refusal(), None
         front.started(call, 0)
         self._owed += 1

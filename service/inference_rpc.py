@@ -6,7 +6,6 @@ https://github.com/kserve/open-inference-protocol. A model's one input takes UIN
 """
 
 import functools
-import math
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from service.errors import (
 )
 from service.front import Call, Front, Handler
 from service.images import Pixels
-from service.repository import Repository, Served, finite
+from service.repository import Repository, Served
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
@@ -132,8 +131,8 @@ class InferenceRpc:
                     raise InvalidImage(f"image {number}: {item}")
             inputs = np.stack([item for item in decoded if not isinstance(item, InvalidImage)])
         answer = await served.run(inputs, call.deadline, priority)
-        if not math.isfinite(answer.outputs.sum()):
-            failed = np.flatnonzero(~finite(answer)).tolist()
+        if answer.failed_rows:
+            failed = np.flatnonzero(np.isnan(answer.outputs).any(axis=1)).tolist()
             raise InferenceFailed(f"the model failed on image {', '.join(map(str, failed))}")
         head, rest = b"", pb.ModelInferResponse(id=request.id)
         always = _head(served.name, served.version, served.manifest.output, answer.outputs.shape)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from service import bundle as bundles
 from service import images
@@ -125,11 +124,10 @@ class Served:
             outcome = _OUTCOMES.get(type(error), "failed")
             metrics.images(name, outcome, len(pixels))
             raise
-        # NaN anywhere makes the sum NaN: one look instead of one at each number.
-        total = answer.outputs.sum()
-        failed = 0 if math.isfinite(total) else int((~finite(answer)).sum())
+        failed = answer.failed_rows
         metrics.images(name, "ok", len(pixels) - failed)
-        metrics.images(name, "failed", failed)
+        if failed:
+            metrics.images(name, "failed", failed)
         metrics.stage(name, "queue", answer.queue_s)
         metrics.stage(name, "run", answer.run_s)
         return answer
@@ -144,12 +142,6 @@ _OUTCOMES: dict[type[Exception], str] = {
     DeadlineExceeded: "late",
     Cancelled: "cancelled",
 }
-
-
-def finite(answer: Answer) -> npt.NDArray[np.bool_]:
-    """Of each row, whether the model answered it."""
-    good: npt.NDArray[np.bool_] = np.asarray(np.isfinite(answer.outputs).all(axis=1))
-    return good
 
 
 def _decode(

@@ -1,6 +1,7 @@
 """Handlers as coroutines, driven by whoever ends what they wait for: no event loop of their own."""
 
 from collections.abc import Callable, Coroutine, Generator
+from threading import get_ident
 from typing import Any, Generic, Protocol, TypeVar
 
 from service.errors import Cancelled
@@ -31,22 +32,24 @@ class Wait(Generic[T]):
 
 
 class Task:
-    """A handler on its way. Runs on one thread, to which `post` brings what ends elsewhere.
+    """A handler on its way. Runs on one thread, wherever what it waits for ends.
 
     `then` takes the handler's result, or what it raised.
     """
 
-    __slots__ = ("_cancelled", "_handler", "_here", "_post", "_then", "_ticket")
+    __slots__ = ("_cancelled", "_handler", "_post", "_then", "_thread", "_ticket")
 
     def __init__(
         self,
         handler: Coroutine[Wait[Any], Any, Any],
         then: Done[Any],
-        here: Callable[[], bool],
+        thread: int,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`here()`: is this the thread it runs on?"""
-        self._handler, self._then, self._here, self._post = handler, then, here, post
+        """`thread` is the one it runs on, as `threading.get_ident` says; `post` brings what ends on
+        others there.
+        """
+        self._handler, self._then, self._thread, self._post = handler, then, thread, post
         self._ticket: Cancellable | None = None
         self._cancelled = False
 
@@ -82,7 +85,7 @@ class Task:
                 outcome = error
 
     def _done(self, outcome: Any) -> None:
-        if self._here():
+        if get_ident() == self._thread:
             self.run(outcome)
         else:
             self._post(lambda: self.run(outcome))

@@ -110,11 +110,8 @@ class Loop(ABC):
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._stopping = False
-        self._thread = 0
-
-    def here(self) -> bool:
-        """Is this the loop's thread?"""
-        return threading.get_ident() == self._thread
+        # As `threading.get_ident` says.
+        self.thread = 0
 
     def post(self, callback: Callable[[], None], exchange: Exchange | None = None) -> None:
         """Has `callback` called on the loop's thread; may be called from any other.
@@ -179,7 +176,7 @@ class CoreServer(Loop):
         return int(port)
 
     def run(self) -> None:
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._server.start(backup_queue=False)
         for _ in range(_ASKED):
             self._ask()
@@ -353,7 +350,7 @@ class PublicServer(Loop):
         return self._server.add_secure_port(address, credentials)
 
     def run(self) -> None:
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._server.start()
         nap = self._chores()
         while not self._stopping:
