@@ -353,6 +353,8 @@ class _Unary:
             return
         self._ended = True
         route, call, exchange = self._route, self._call, self._exchange
+        # These lead back here: left to the garbage collector, they would cost more than the call.
+        self._task, call.expire = None, _ignore
         if exchange.gone:
             code = _ending(call)
         elif isinstance(outcome, Exception):
