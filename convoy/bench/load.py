@@ -272,7 +272,8 @@ class _Sender:
             for link in self._links:
                 link.close()
         return Samples(
-            due=np.array(self._due) - begin,
+            # Not back from the clock: a sum rounded may fall on the other side of a limit.
+            due=np.array(self._due) - begin if self._schedule is None else self._schedule,
             sent=np.array(self._sent) - begin,
             answered=np.array(self._answered) - begin,
             code=np.array(self._code, np.uint8),
