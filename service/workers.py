@@ -387,7 +387,8 @@ class Supervisor:
                 return
             member.ready = value is not None
         if value is None:
-            log.warning("%s is not ready", member.orders.name)
+            if self._stopping is None:
+                log.warning("%s is not ready", member.orders.name)
             return
         log.info("%s is ready (pid %d)", member.orders.name, member.process and member.process.pid)
         decided = self._pins()

@@ -294,7 +294,7 @@ def _images(settings: BenchSettings, api: _Infer | _Classify) -> Iterator[_Image
                 f"--jpeg-size {settings.jpeg_size!r}: give width and height, such as 500x375"
             )
         for _ in range(_REQUESTS):
-            yield _jpeg(random, int(size[1]), int(size[2]))
+            yield random_jpeg(random, int(size[1]), int(size[2]))
         return
     shape, datatype = api.pixels()
     kind = np.dtype(_TYPES[datatype])
@@ -319,7 +319,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _jpeg(random: np.random.Generator, width: int, height: int) -> bytes:
+def random_jpeg(random: np.random.Generator, width: int, height: int) -> bytes:
     """A picture with shapes of every size, as photographs have: noise would take far longer to decode."""
     pixels = np.zeros((height, width, 3))
     for cells, share in ((4, 0.35), (16, 0.3), (64, 0.2), (256, 0.15)):
