@@ -78,7 +78,7 @@ def _quota(folder: Path) -> float | None:
 @dataclass(frozen=True)
 class Budget:
     """How `cores` are shared. `decode_threads` are those of each acceptor, `run_threads` (ONNX
-    Runtime's, for one batch) those of each engine.
+    Runtime's, for one batch) those of each engine; without `engines`, each acceptor is one.
     """
 
     cores: float
@@ -88,16 +88,20 @@ class Budget:
     run_threads: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.cores:.3g} usable cores: acceptors {self.acceptors} x {self.decode_threads} "
-            f"decoding threads, engines {self.engines} x {self.run_threads} running threads"
-        )
+        decoding, running = f"{self.decode_threads} decoding", f"{self.run_threads} running"
+        if not self.engines:
+            parts = f"{self.acceptors} x {decoding} and {running} threads"
+        else:
+            parts = (
+                f"{self.acceptors} x {decoding} threads, engines {self.engines} x {running} threads"
+            )
+        return f"{self.cores:.3g} usable cores: acceptors {parts}"
 
 
 def split(
     cores: float,
     acceptors: int = 1,
-    engines: int = 1,
+    engines: int = 0,
     decode_threads: int = 0,
     run_threads: int = 0,
 ) -> Budget:
@@ -105,14 +109,13 @@ def split(
 
     Images are decoded each by itself: all cores may do that while no batch runs. The threads of a
     run wait for one another, and for the slowest: they must not be more than the cores that are
-    left by acceptors, which are busy with one core each. One acceptor and one engine are one
-    process, whose thread for calls is one of those that run.
+    left by acceptors with engines, which are busy with one core each.
     """
-    left = cores if acceptors == engines == 1 else cores - acceptors
+    left = (cores - acceptors) / engines if engines else cores / acceptors
     return Budget(
         cores,
         acceptors,
         engines,
         decode_threads or max(1, int(cores / acceptors)),
-        run_threads or max(1, int(left / engines)),
+        run_threads or max(1, int(left)),
     )

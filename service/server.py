@@ -69,7 +69,7 @@ class _Alone:
 
     def run(self, http_port: int) -> int:
         settings, cores = self._settings, usable_cores()
-        budget = split(cores, 1, 1, settings.decode_threads, settings.run_threads)
+        budget = split(cores, 1, 0, settings.decode_threads, settings.run_threads)
         log.info("%s", budget)
         self._metrics.budget(budget)
         repository = Repository(

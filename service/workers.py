@@ -171,7 +171,7 @@ class _Worker:
             orders.settings,
             repository,
             self._metrics,
-            one_core=orders.budget.cores < 2,
+            one_core=orders.budget.cores < 2 * orders.budget.acceptors,
             shared_port=True,
             on_ready=lambda ready: self._tell("ready", repository.pins() if ready else None),
         )
@@ -252,16 +252,9 @@ class Supervisor:
         """
         settings, cores = self._settings, usable_cores()
         acceptors, engines = settings.acceptors, settings.engines
-        if engines:
-            budget = split(cores, acceptors, engines, settings.decode_threads, settings.run_threads)
-            log.info("%s", budget)
-        else:
-            share = cores / acceptors
-            budget = split(share, 1, 1, settings.decode_threads, settings.run_threads)
-            log.info("%d workers, each with %s", acceptors, budget)
-        self._metrics.budget(
-            replace(budget, cores=cores, acceptors=acceptors, engines=engines or acceptors)
-        )
+        budget = split(cores, acceptors, engines, settings.decode_threads, settings.run_threads)
+        log.info("%s", budget)
+        self._metrics.budget(budget)
         with tempfile.TemporaryDirectory(prefix="convoy-") as folder, _reserve(settings) as port:
             self._port = port.getsockname()[1]
             paths = tuple(str(Path(folder) / f"engine-{n}") for n in range(engines))
