@@ -22,6 +22,7 @@ from training.settings import RECIPES, AddSettings, TrainingSettings
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    import grpc
     from cyclopts.argument import ArgumentCollection
 
     from convoy.client import Prediction
@@ -87,6 +88,7 @@ def classify(
     version: Version = 0,
     top_k: Labels = 1,
     timeout_s: Positive = 30.0,
+    tls_ca: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
     """Print the labels of images, as a running server sees them.
@@ -107,6 +109,8 @@ def classify(
         Labels to print for each image, the most probable first.
     timeout_s
         Deadline of each call, in seconds.
+    tls_ca
+        PEM file of the authorities that vouch for a server with TLS.
     as_json
         One JSON object a line: path, model, version, labels or error.
     """
@@ -114,7 +118,9 @@ def classify(
 
     files = list(_image_files(paths))
     failed = 0
-    with Classifier(server, model=model, version=version, timeout_s=timeout_s) as classifier:
+    with Classifier(
+        server, model=model, version=version, timeout_s=timeout_s, credentials=_credentials(tls_ca)
+    ) as classifier:
         try:
             for file, prediction in zip(files, classifier.classify_many(files, top_k), strict=True):
                 failed += prediction.error is not None
@@ -127,6 +133,17 @@ def classify(
     if failed:
         print(f"{failed} of {len(files)} images failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _credentials(tls_ca: Path | None) -> "grpc.ChannelCredentials | None":
+    import grpc
+
+    if tls_ca is None:
+        return None
+    try:
+        return grpc.ssl_channel_credentials(tls_ca.read_bytes())
+    except OSError as error:
+        raise ConvoyError(f"--tls-ca: {error}") from error
 
 
 def _image_files(paths: "Iterable[Path]") -> "Iterator[Path]":
@@ -293,6 +310,7 @@ def evaluate(
     name: str = "",
     version: Version = 0,
     server: str = "",
+    tls_ca: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
     """Score a published version on the test images, in this process and, if asked, over the wire.
@@ -311,6 +329,8 @@ def evaluate(
         Version to score; 0 means the newest.
     server
         HOST:PORT of a server of the same version: each image is sent to it as the file it is.
+    tls_ca
+        PEM file of the authorities that vouch for a server with TLS.
     as_json
         Print one JSON object.
     """
@@ -326,7 +346,12 @@ def evaluate(
     offline = score(model.run, test)
     found: dict[str, Any] = {"model": bundle.name, "version": bundle.version, "offline": offline}
     if server:
-        with Classifier(server, model=bundle.name, version=bundle.version) as classifier:
+        with Classifier(
+            server,
+            model=bundle.name,
+            version=bundle.version,
+            credentials=_credentials(tls_ca),
+        ) as classifier:
             try:
                 answered = served_answers(classifier, test, len(bundle.manifest.labels))
             except ClassifierError as error:
@@ -368,7 +393,7 @@ def _check_environment() -> None:
         for kind in (Settings, TrainingSettings, AddSettings, BenchSettings)
         for field in fields(kind)
     }
-    known |= {"server", "model", "version", "top_k", "timeout_s", "json"}
+    known |= {"server", "model", "version", "top_k", "timeout_s", "tls_ca", "json"}
     for name, value in list(os.environ.items()):
         if _SERVICE_LINK.fullmatch(f"{name}={value}"):
             del os.environ[name]

@@ -132,15 +132,20 @@ class Classifier:
         model: str = "",
         version: int = 0,
         timeout_s: float = 30.0,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """`model` may be empty where the server has one only; `version` 0 is the one that serves;
-        `timeout_s` is each call's deadline. Raises ValueError for a version that can't be; so do
+        `timeout_s` is each call's deadline; `credentials`, such as those that
+        `grpc.ssl_channel_credentials` makes, are for a server with TLS. Raises ValueError for a version that can't be; so do
         the calls for such a `top_k`.
         """
         _check("version", version, 0, 2**63)
         self._target, self._model, self._version = target, model, version
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        if credentials:
+            self._channel = grpc.secure_channel(target, credentials, options=_OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         self._stub = ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
 
     def classify(self, image: ImageLike, top_k: int = 1) -> Prediction:
@@ -221,11 +226,15 @@ class AsyncClassifier:
         model: str = "",
         version: int = 0,
         timeout_s: float = 30.0,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         _check("version", version, 0, 2**63)
         self._target, self._model, self._version = target, model, version
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        if credentials:
+            self._channel = grpc.aio.secure_channel(target, credentials, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
         self._stub = ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def classify(self, image: ImageLike, top_k: int = 1) -> Prediction:
