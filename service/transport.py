@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,9 @@ _EVENTS_A_BATCH = 256
 
 # Calls that gRPC may hand over before it is asked again: a burst costs fewer turns.
 _ASKED = 64
+
+# Timers that were taken back are cleared away when they are so many more than the others.
+_FORGOTTEN = 100
 
 # From here on a deadline is none: gRPC says "never" in seconds since 1970.
 _NEVER_S = 1e11
@@ -107,7 +111,8 @@ class Loop(ABC):
         self.waiting: Callable[[], bool] = bool
         self.step: Callable[[], object] = _ignore
         self._posted: deque[Callable[[], None]] = deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timers: list[tuple[float, int]] = []
+        self._due: dict[int, Callable[[], None]] = {}
         self._numbers = itertools.count()
         self._stopping = False
         # As `threading.get_ident` says.
@@ -121,9 +126,21 @@ class Loop(ABC):
         self._posted.append(callback)
         self._wake(exchange)
 
-    def at(self, when: float, callback: Callable[[], None]) -> None:
-        """Has `callback` called at `when`, on `time.monotonic`'s clock; give or take 2 ms."""
-        heapq.heappush(self._timers, (when, next(self._numbers), callback))
+    def at(self, when: float, callback: Callable[[], None]) -> int:
+        """Has `callback` called at `when`, on `time.monotonic`'s clock; give or take 2 ms. What it
+        gives is for `forget`.
+        """
+        timer = next(self._numbers)
+        self._due[timer] = callback
+        heapq.heappush(self._timers, (when, timer))
+        return timer
+
+    def forget(self, timer: int) -> None:
+        """Has it not called any more, if it has not been."""
+        self._due.pop(timer, None)
+        if len(self._timers) > 2 * len(self._due) + _FORGOTTEN:
+            self._timers = [each for each in self._timers if each[1] in self._due]
+            heapq.heapify(self._timers)
 
     def stop(self) -> None:
         """Has `run` return as soon as it can. Calls that are not over are cancelled."""
@@ -148,8 +165,15 @@ class Loop(ABC):
             wait = self._timers[0][0] - time.monotonic()
             if wait > 0:
                 return min(wait, _NAP_S)
-            heapq.heappop(self._timers)[2]()
+            self._due.pop(heapq.heappop(self._timers)[1], _ignore)()
         return _NAP_S
+
+    def _while_it_stops(self, event: Callable[[], None]) -> None:
+        """A bug must not keep it from stopping, and there may be one more for each call."""
+        try:
+            event()
+        except Exception:
+            log.exception("bug while the server stops")
 
 
 class CoreServer(Loop):
@@ -164,6 +188,7 @@ class CoreServer(Loop):
         self._server = cygrpc.Server(tuple(options), False)
         self._server.register_completion_queue(self._queue)
         self._woken = False
+        self._waking = threading.Lock()
         self._shut = False
 
     def bind(self, address: str, credentials: "grpc.ServerCredentials | None") -> int:
@@ -180,6 +205,12 @@ class CoreServer(Loop):
         self._server.start(backup_queue=False)
         for _ in range(_ASKED):
             self._ask()
+        try:
+            self._take_events()
+        finally:
+            self._close()
+
+    def _take_events(self) -> None:
         poll, timed_out = self._queue.poll, self._core.CompletionType.queue_timeout
         events, nap = 0, self._chores()
         while not self._stopping:
@@ -193,13 +224,12 @@ class CoreServer(Loop):
                 events += 1
             else:
                 events = _EVENTS_A_BATCH
-            if self._posted or self._timers:
-                nap = self._chores()
             if events >= _EVENTS_A_BATCH:
                 events = 0
                 if self.waiting():
                     self.step()
-        self._close()
+            if self._posted or self._timers:
+                nap = self._chores()
 
     def _ask(self) -> None:
         self._server.request_call(self._queue, self._queue, self._on_call)
@@ -207,7 +237,8 @@ class CoreServer(Loop):
     def _on_call(self, event: Any) -> None:
         if not event.success:  # so it is for those still asked for when the server shuts down
             return
-        self._ask()
+        if not self._stopping:
+            self._ask()
         details = event.call_details
         deadline: float | None = details.deadline
         if deadline is not None:
@@ -227,8 +258,11 @@ class CoreServer(Loop):
         # Batches of no operations are over at once, and end up in the queue like all others: a call
         # is the only thing that can put something there.
         if isinstance(exchange, _CoreExchange) and not self._woken:
-            self._woken = True
-            exchange.call.start_server_batch((), self._on_woken)
+            # To a queue that is closed it would be the end of the process.
+            with self._waking:
+                if not self._shut:
+                    self._woken = True
+                    exchange.call.start_server_batch((), self._on_woken)
 
     def _on_woken(self, _: object) -> None:
         # First this, or what is posted while the chores run would wake nobody.
@@ -236,6 +270,7 @@ class CoreServer(Loop):
         self._chores()
 
     def _close(self) -> None:
+        self._stopping = True
         self._server.shutdown(self._queue, self._on_shut)
         ends = time.time() + _CLOSE_S
         while not self._shut:
@@ -244,7 +279,7 @@ class CoreServer(Loop):
                 self._server.cancel_all_calls()
                 ends += _NAP_S
             else:
-                event.tag(event)
+                self._while_it_stops(partial(event.tag, event))
             event = None
         self._queue.shutdown()
         while self._queue.poll().completion_type != self._core.CompletionType.queue_shutdown:
@@ -252,7 +287,8 @@ class CoreServer(Loop):
         self._server.destroy()
 
     def _on_shut(self, _: object) -> None:
-        self._shut = True
+        with self._waking:
+            self._shut = True
 
 
 class _CoreExchange(Exchange):
@@ -268,7 +304,11 @@ class _CoreExchange(Exchange):
 
     def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
         self._due += 1
-        self.call.start_server_batch(operations, then)
+        # What gRPC refuses would never be over.
+        if self.call.start_server_batch(operations, then):
+            raise RuntimeError(
+                "a message or status was sent before the last one had gone, or twice"
+            )
 
     def _done(self) -> None:
         self._due -= 1
@@ -352,6 +392,12 @@ class PublicServer(Loop):
     def run(self) -> None:
         self.thread = threading.get_ident()
         self._server.start()
+        try:
+            self._take_events()
+        finally:
+            self._close()
+
+    def _take_events(self) -> None:
         nap = self._chores()
         while not self._stopping:
             try:
@@ -362,7 +408,13 @@ class PublicServer(Loop):
             else:
                 event()
             nap = self._chores()
-        self._server.stop(_CLOSE_S).wait()
+
+    def _close(self) -> None:
+        stopped = self._server.stop(_CLOSE_S)
+        # Threads wait for the ends of the calls that are cut off, and their callers for the rest.
+        while not (stopped.is_set() and self._events.empty()):
+            with suppress(queue.Empty):
+                self._while_it_stops(self._events.get(timeout=_NAP_S))
         self._pool.shutdown()
 
     def _wake(self, exchange: Exchange | None) -> None:
@@ -378,9 +430,10 @@ class PublicServer(Loop):
         exchange = _PublicExchange(
             self._events, messages, method, deadline, context.invocation_metadata()
         )
-        if not context.add_callback(lambda: self._events.put(exchange.closed)):
-            return
         self._events.put(lambda: self.on_call(exchange))
+        # It may be over already.
+        if not context.add_callback(lambda: self._events.put(exchange.closed)):
+            self._events.put(exchange.closed)
         yield from exchange.answers(context)
 
 
