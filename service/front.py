@@ -302,12 +302,13 @@ class _Route(NamedTuple):
 
 
 class _Unary:
-    __slots__ = ("_call", "_ended", "_exchange", "_route", "_task")
+    __slots__ = ("_call", "_ended", "_exchange", "_route", "_task", "_timer")
 
     def __init__(self, route: _Route, exchange: Exchange) -> None:
         self._route, self._exchange = route, exchange
         self._ended = False
         self._task: Task | None = None
+        self._timer: int | None = None
         self._call = call = Call(time.monotonic(), exchange.deadline, self._expire)
         front = route.front
         if not route.always:
@@ -340,12 +341,13 @@ class _Unary:
             self._task.cancel()
 
     def _expire(self, when: float) -> None:
-        def expired() -> None:
-            if not self._ended:
-                self._end(errors.DeadlineExceeded("the time that the request allowed is over"))
-                self._gone()
+        self._timer = self._route.front.loop.at(when, self._expired)
 
-        self._route.front.loop.at(when, expired)
+    def _expired(self) -> None:
+        task = self._task
+        self._end(errors.DeadlineExceeded("the time that the request allowed is over"))
+        if task is not None:
+            task.cancel()
 
     def _end(self, outcome: Message | bytes | Exception) -> None:
         """With the handler's result; or before it has one, and then again, for nothing."""
@@ -355,6 +357,8 @@ class _Unary:
         route, call, exchange = self._route, self._call, self._exchange
         # These lead back here: left to the garbage collector, they would cost more than the call.
         self._task, call.expire = None, _ignore
+        if self._timer is not None:
+            route.front.loop.forget(self._timer)
         if exchange.gone:
             code = _ending(call)
         elif isinstance(outcome, Exception):
@@ -522,24 +526,25 @@ class _Watch:
     ) -> None:
         self._front, self._exchange = front, exchange
         self._kind, self._subscribe = kind, subscribe
-        self._unsubscribe: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = _ignore
         self._answers: deque[bytes] = deque()
-        self._writing = self._ended = False
+        self._writing = self._over = self._ended = False
         exchange.on_gone = self._gone
         exchange.on_closed = self._closed
         exchange.read(self._received)
 
     def end(self) -> None:
-        if not self._ended:
-            self._gone()
-            self._exchange.end(Code.UNAVAILABLE.value[0], _DRAINING)
+        """Ends the call, once it has been told what there was to tell."""
+        self._over = True
+        self._leave()
+        self._write()
 
     def _received(self, data: bytes | None) -> None:
         request = None if data is None else _parsed(self._kind, data)
         if self._ended:
             return
         if request is None:
-            self._gone()
+            self._ended = True
             words = f"the body is no {self._kind.DESCRIPTOR.full_name}"
             self._exchange.end(Code.INVALID_ARGUMENT.value[0], words)
             return
@@ -550,9 +555,14 @@ class _Watch:
         self._write()
 
     def _write(self) -> None:
-        if self._answers and not self._writing and not self._ended:
+        if self._writing or self._ended:
+            return
+        if self._answers:
             self._writing = True
             self._exchange.write(self._answers.popleft(), bool(self._answers), self._written)
+        elif self._over:
+            self._ended = True
+            self._exchange.end(Code.UNAVAILABLE.value[0], _DRAINING)
 
     def _written(self) -> None:
         self._writing = False
@@ -560,7 +570,11 @@ class _Watch:
 
     def _gone(self) -> None:
         self._ended = True
-        self._unsubscribe()
+        self._leave()
+
+    def _leave(self) -> None:
+        leave, self._unsubscribe = self._unsubscribe, _ignore
+        leave()
 
     def _closed(self) -> None:
         self._front.forget(self)
