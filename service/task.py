@@ -74,6 +74,9 @@ class Task:
             # Whatever a handler raises is its result: who takes it says what becomes of it.
             except Exception as error:
                 self._then(error)
+                # Its frames hold the request, and whoever brought it still has the error: together
+                # they would wait for the garbage collector.
+                error.__traceback__ = None
                 return
             if self._cancelled:
                 outcome = Cancelled("the caller hung up")
