@@ -1,5 +1,6 @@
 """Engines and acceptors as processes that are killed in the middle of their work."""
 
+import gc
 import os
 import queue
 import signal
@@ -81,6 +82,7 @@ class Pending:
 
 def held(pid: int) -> tuple[int, int]:
     """What a process holds: open files, and mappings of shared memory."""
+    gc.collect()  # what earlier tests have left
     proc = Path("/proc") / str(pid)
     return len(list((proc / "fd").iterdir())), (proc / "maps").read_text().count("memfd:convoy")
 

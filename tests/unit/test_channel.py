@@ -24,7 +24,7 @@ from tests.numbered import INFO, POISON, model, numbers, outputs, rows
 
 # Only decides how long a test that hangs takes to fail.
 TIMEOUT_S = 30.0
-ROW = INFO.block_bytes(1)
+ROW = INFO.row_bytes
 
 
 class Device:
@@ -179,10 +179,10 @@ class Bare:
         self.socket.sendall(struct.pack("<QdQqIHH", number, deadline, offset, 0, rows, model, kind))
 
     def replies(self, count: int) -> list[tuple[int, int]]:
-        reply = struct.Struct("<QddIH")
+        reply = struct.Struct("<QddIIH")
         with self.socket.makefile("rb") as stream:
             data = stream.read(count * reply.size)
-        return [(number, status) for number, _, _, _, status in reply.iter_unpack(data)]
+        return [(number, status) for number, *_, status in reply.iter_unpack(data)]
 
     def is_cut_off(self) -> bool:
         try:
@@ -218,7 +218,7 @@ def test_answers_belong_to_their_rows_through_cancels_deadlines_failures_and_a_f
                 numbers[rng.randrange(size)] = POISON
             deadline = rng.choice([None, None, soon(), time.monotonic() + rng.random() / 500])
             try:
-                pending = acceptor.submit(*numbers, deadline=deadline)
+                pending = acceptor.submit(*numbers, deadline=deadline, priority=rng.randrange(4))
             except (DeadlineExceeded, Overloaded) as error:
                 refused[type(error)] += 1
                 # Until there may be room again.
@@ -239,6 +239,7 @@ def test_answers_belong_to_their_rows_through_cancels_deadlines_failures_and_a_f
                 wanted = outputs(*pending.numbers)
                 wanted[np.logical_not(good)] = np.nan
                 np.testing.assert_array_equal(outcome.outputs, wanted)
+                assert outcome.failed_rows == good.count(False)
         acceptor.batcher.close()
         assert all(pending.outcomes.empty() for pending in submitted)  # told once
     assert refused[Overloaded]
@@ -283,13 +284,15 @@ def test_a_request_larger_than_the_memory_is_answered_whole(tmp_path: Path) -> N
         assert answer.batch_size == INFO.max_batch_size
 
 
-def test_a_request_in_pieces_ends_with_the_first_that_fails(tmp_path: Path) -> None:
+def test_of_a_request_in_pieces_only_the_guilty_rows_fail(tmp_path: Path) -> None:
     with engine(tmp_path / "e"), Acceptor(tmp_path / "e", memory_bytes=32 * ROW) as acceptor:
         acceptor.wait_for((tmp_path / "e", True))
-        pending = acceptor.submit(*[POISON] * 100)
-        assert isinstance(pending.outcome(), InferenceFailed)
-        acceptor.submit(*range(100)).answer()
-        assert pending.outcomes.empty()
+        answer = acceptor.submit(*[POISON] * 50, *range(50)).outcome()
+        assert isinstance(answer, Answer)
+        assert answer.failed_rows == 50
+        assert np.isnan(answer.outputs[:50]).all()
+        np.testing.assert_array_equal(answer.outputs[50:], outputs(*range(50)))
+        assert isinstance(acceptor.submit(*[POISON] * 100).outcome(), InferenceFailed)
 
 
 def test_a_memory_without_room_for_an_image_is_refused_at_the_start(tmp_path: Path) -> None:
