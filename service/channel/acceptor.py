@@ -585,6 +585,11 @@ class RemoteBatcher:
             return ahead_s + rows * float(route.times[1])
 
     @property
+    def ready(self) -> bool:
+        """Whether it takes requests: an engine serves the model."""
+        return not self._closed and bool(self.engines.routes(*self._key))
+
+    @property
     def waiting(self) -> bool:
         """Whether there is something that `run_next` would send."""
         return self.engines.unsent

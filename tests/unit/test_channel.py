@@ -412,16 +412,19 @@ def test_an_engine_that_stops_answers_first_and_the_next_at_its_path_is_used(
 ) -> None:
     device, path = Device(), tmp_path / "e"
     with Acceptor(path) as acceptor:
+        assert not acceptor.batcher.ready
         with pytest.raises(NotReady):
             acceptor.submit(1)
         with engine(path, device, inline=inline) as server:
             acceptor.wait_for((path, True))
+            assert acceptor.batcher.ready
             pending = acceptor.submit(1)
             device.wait_until_busy()
             server.close()
             device.open()
             pending.answer()
         acceptor.wait_for((path, False))
+        assert not acceptor.batcher.ready
         with pytest.raises(NotReady):
             acceptor.submit(1)
         with engine(path):
