@@ -116,9 +116,10 @@ class _Route:
         done_at, row_s = self.times
         return max(done_at - now, self.rows * row_s, 0.0)
 
-    def batch_s(self) -> float:
-        """How long a full batch takes."""
-        return float(self.times[1]) * self.info.max_batch_size
+    @property
+    def row_s(self) -> float:
+        """What each row takes, in full batches."""
+        return float(self.times[1])
 
 
 class _Piece:
@@ -487,8 +488,8 @@ class RemoteBatcher:
         self._row_shape, self._max_wait_s = info.row_shape, max_wait_s
         self._key = (info.name, info.version, info.sha256)
         largest = max(1, int(engines.memory_bytes * _LARGEST_PIECE) // self.row_bytes)
-        batches = largest // info.max_batch_size
-        self._piece_rows = batches * info.max_batch_size or largest
+        self._batch_rows = info.max_batch_size
+        self._piece_rows = largest - largest % self._batch_rows or largest
         self._open = 0  # requests that are not ended
         self._idle = threading.Condition(engines.lock)
         self._closed = False
@@ -536,7 +537,8 @@ class RemoteBatcher:
         if ahead_s and ticket.priority != 1:
             # The last batch of those who wait may have room for it.
             over_s = max(
-                ahead_s - route.batch_s() - self._max_wait_s, now + ahead_s - ticket.deadline
+                ahead_s - self._batch_rows * route.row_s - self._max_wait_s,
+                now + ahead_s - ticket.deadline,
             )
             if over_s > 0:
                 raise Overloaded(
@@ -551,7 +553,7 @@ class RemoteBatcher:
             elif not pieces:
                 raise Overloaded(
                     "the memory shared with the engine is full: back off, then retry",
-                    max(ahead_s, route.batch_s()),
+                    ahead_s + room * route.row_s,
                 )
             if room == total or offset is None or len(pieces) == 2:
                 return pieces
@@ -577,12 +579,11 @@ class RemoteBatcher:
         return best, least_s
 
     def wait_s(self, rows: int = 1) -> float:
-        """Estimated seconds until `rows` submitted now would be answered. Raises NotReady where no
-        engine serves the model.
+        """Estimated seconds until `rows` submitted now would be answered; infinite where no engine
+        serves the model.
         """
-        with self.engines.lock:
-            route, ahead_s = self._nearest(time.monotonic())
-            return ahead_s + rows * float(route.times[1])
+        now, routes = time.monotonic(), self.engines.routes(*self._key)
+        return min((route.ahead_s(now) + rows * route.row_s for route in routes), default=math.inf)
 
     @property
     def ready(self) -> bool:

@@ -100,7 +100,7 @@ def receive_memory(
     try:
         if not data:
             raise ConnectionResetError("the other side has gone")
-        if len(data) != message.size or not fds:
+        if len(data) != message.size or not fds or not os.fstat(fds[0]).st_size:
             raise Malformed("it did not begin with a greeting and its memory")
         # To read memory that has shrunk meanwhile would kill this process.
         if fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & _SEALS != _SEALS:

@@ -25,6 +25,8 @@ from tests.numbered import INFO, POISON, model, numbers, outputs, rows
 # Only decides how long a test that hangs takes to fail.
 TIMEOUT_S = 30.0
 ROW = INFO.row_bytes
+HELLO = struct.pack("<6sH", b"convoy", 1)
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Device:
@@ -150,15 +152,15 @@ class Bare:
         self.socket.connect(str(path))
 
     def __enter__(self) -> "Bare":
-        self.greet(struct.pack("<6sH", b"convoy", 1), fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self.greet(HELLO, SEALS, self.MEMORY)
         _, fds, _, _ = socket.recv_fds(self.socket, 12, 1)
         for fd in fds:
             os.close(fd)
         return self
 
-    def greet(self, hello: bytes, seals: int) -> None:
+    def greet(self, hello: bytes, seals: int, size: int) -> None:
         memory = os.memfd_create("bare", os.MFD_ALLOW_SEALING)
-        os.ftruncate(memory, self.MEMORY)
+        os.ftruncate(memory, size)
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)
         socket.send_fds(self.socket, [hello], [memory])
         os.close(memory)
@@ -410,26 +412,26 @@ def test_closing_a_batcher_finishes_what_waits(tmp_path: Path) -> None:
 def test_an_engine_that_stops_answers_first_and_the_next_at_its_path_is_used(
     tmp_path: Path, inline: bool
 ) -> None:
-    device, path = Device(), tmp_path / "e"
+    device, path, ready = Device(), tmp_path / "e", []
     with Acceptor(path) as acceptor:
-        assert not acceptor.batcher.ready
+        ready.append(acceptor.batcher.ready)
         with pytest.raises(NotReady):
             acceptor.submit(1)
         with engine(path, device, inline=inline) as server:
             acceptor.wait_for((path, True))
-            assert acceptor.batcher.ready
+            ready.append(acceptor.batcher.ready)
             pending = acceptor.submit(1)
             device.wait_until_busy()
             server.close()
             device.open()
             pending.answer()
         acceptor.wait_for((path, False))
-        assert not acceptor.batcher.ready
-        with pytest.raises(NotReady):
-            acceptor.submit(1)
+        ready.append(acceptor.batcher.ready)
+        assert acceptor.batcher.wait_s() == math.inf
         with engine(path):
             acceptor.wait_for((path, True))
             acceptor.submit(2).answer()
+    assert ready == [False, True, False]
 
 
 def test_a_listener_that_outlives_its_engine_keeps_the_connections_for_the_next(
@@ -509,26 +511,39 @@ def test_what_breaks_the_protocol_ends_its_own_connection(
         assert device.ran == [1, 2]
 
 
-greetings: dict[str, tuple[bytes, int]] = {
-    "another protocol": (struct.pack("<6sH", b"convoy", 99), fcntl.F_SEAL_SHRINK),
-    "another language": (b"GET / HT", fcntl.F_SEAL_SHRINK),
-    "too short": (b"convoy", fcntl.F_SEAL_SHRINK),
-    "a memory that may shrink": (struct.pack("<6sH", b"convoy", 1), fcntl.F_SEAL_GROW),
+greetings: dict[str, tuple[bytes, int, int]] = {
+    "another protocol": (struct.pack("<6sH", b"convoy", 99), SEALS, 4096),
+    "another language": (b"GET / HT", SEALS, 4096),
+    "too short": (b"convoy", SEALS, 4096),
+    "a memory that may shrink": (HELLO, fcntl.F_SEAL_GROW, 4096),
+    "an empty memory": (HELLO, SEALS, 0),
 }
 
 
-@pytest.mark.parametrize(("hello", "seals"), greetings.values(), ids=greetings)
+def test_no_bytes_end_the_engine(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    with engine(tmp_path / "e"), Acceptor(tmp_path / "e") as acceptor:
+        acceptor.wait_for((tmp_path / "e", True))
+        for _ in range(100):
+            with Bare(tmp_path / "e") as bare:
+                for number in range(rng.randrange(20)):
+                    bare.submit(number, offset=rng.randrange(10 * ROW), rows=rng.randrange(1, 4))
+                bare.socket.sendall(rng.randbytes(rng.randrange(200)))
+        acceptor.submit(1).answer()
+
+
+@pytest.mark.parametrize("greeting", greetings.values(), ids=greetings)
 def test_a_wrong_greeting_is_cut_off(
-    tmp_path: Path, hello: bytes, seals: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, greeting: tuple[bytes, int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     with engine(tmp_path / "e"):
         bare = Bare(tmp_path / "e")
-        bare.greet(hello, seals)
+        bare.greet(*greeting)
         assert bare.is_cut_off()
         bare.socket.close()
         assert "cut off" in caplog.text
         bare = Bare(tmp_path / "e")
-        bare.socket.sendall(struct.pack("<6sH", b"convoy", 1))  # and no memory
+        bare.socket.sendall(HELLO)  # and no memory
         assert bare.is_cut_off()
         bare.socket.close()
         with Acceptor(tmp_path / "e") as acceptor:
