@@ -113,18 +113,19 @@ class Metrics:
     def finished(self, call: str, model: str, code: str, whole_s: float) -> None:
         _add(self._requests, (call, model, code), 1)
         if model:
-            self.stage(model, "whole", whole_s)
+            self.stage(model, "whole").observe(whole_s)
 
-    def stage(self, model: str, stage: str, seconds: float) -> None:
-        self._observe("stage_seconds", (model, stage), seconds)
+    def stage(self, model: str, stage: str) -> Histogram:
+        """Takes the seconds that requests to `model` spend in `stage`."""
+        return self._histogram("stage_seconds", (model, stage))
 
     def images(self, model: str, outcome: str, count: int) -> None:
         if count:
             _add(self._images, (model, outcome), count)
 
     def batch(self, model: str, rows: int, seconds: float, failed: bool, late_rows: int) -> None:
-        self._observe("batch_size", (model,), rows)
-        self._observe("batch_seconds", (model,), seconds)
+        self._histogram("batch_size", (model,)).observe(rows)
+        self._histogram("batch_seconds", (model,)).observe(seconds)
         _add(self._numbers["batch_failures"], (model,), failed)
         _add(self._numbers["rows_run_after_deadline"], (model,), late_rows)
 
@@ -142,12 +143,12 @@ class Metrics:
     def process_started(self, process: str) -> None:
         _add(self._numbers["process_starts"], (process,), 1)
 
-    def _observe(self, name: str, labels: Labels, value: float) -> None:
+    def _histogram(self, name: str, labels: Labels) -> Histogram:
         histograms = self._histograms[name]
         histogram = histograms.get(labels)
         if histogram is None:
             histogram = histograms[labels] = Histogram(_FAMILIES[name].buckets)
-        histogram.observe(value)
+        return histogram
 
     def snapshot(self) -> Snapshot:
         """Everything as it is now; may be called from any thread."""

@@ -58,6 +58,9 @@ class Served:
         self.name, self.version, self.manifest = bundle.name, bundle.version, bundle.manifest
         self._decoders, self._metrics, self._settings = decoders, metrics, settings
         self.image_bytes = math.prod(self.manifest.pixels.shape)
+        self._decode_s = metrics.stage(self.name, "decode")
+        self._queue_s = metrics.stage(self.name, "queue")
+        self._run_s = metrics.stage(self.name, "run")
 
     def check_count(self, images: int) -> None:
         """Raises InvalidRequest where these are too many for one request."""
@@ -87,7 +90,7 @@ class Served:
                 lambda done: _Decoding(inputs, decode, self._decoders, deadline, done)
             )
         seconds = time.monotonic() - began
-        self._metrics.stage(self.name, "decode", seconds)
+        self._decode_s.observe(seconds)
         invalid = sum(isinstance(item, InvalidImage) for item in decoded)
         self._metrics.images(self.name, "invalid", invalid)
         return decoded, seconds
@@ -128,8 +131,8 @@ class Served:
         metrics.images(name, "ok", len(pixels) - failed)
         if failed:
             metrics.images(name, "failed", failed)
-        metrics.stage(name, "queue", answer.queue_s)
-        metrics.stage(name, "run", answer.run_s)
+        self._queue_s.observe(answer.queue_s)
+        self._run_s.observe(answer.run_s)
         return answer
 
     def close(self) -> None:
