@@ -579,11 +579,11 @@ class RemoteBatcher:
         return best, least_s
 
     def wait_s(self, rows: int = 1) -> float:
-        """Estimated seconds until `rows` submitted now would be answered; infinite where no engine
-        serves the model.
+        """Estimated seconds until `rows` submitted now would be answered. Raises NotReady where no
+        engine serves the model just now.
         """
-        now, routes = time.monotonic(), self.engines.routes(*self._key)
-        return min((route.ahead_s(now) + rows * route.row_s for route in routes), default=math.inf)
+        route, ahead_s = self._nearest(time.monotonic())
+        return ahead_s + rows * route.row_s
 
     @property
     def ready(self) -> bool:
