@@ -23,6 +23,8 @@ Outputs = npt.NDArray[np.float32]
 
 log = logging.getLogger("convoy.batcher")
 
+_UINT8 = np.dtype(np.uint8)
+
 # Jacobson and Karels, Congestion Avoidance and Control, 1988: a mean that follows by an eighth of
 # the error, a deviation by a quarter, and a promise of the mean and four deviations.
 _MEAN_GAIN, _DEVIATION_GAIN, _DEVIATIONS = 1 / 8, 1 / 4, 4
@@ -39,15 +41,16 @@ _HALF_LIFE_S = 1.0
 
 
 class Answer(NamedTuple):
-    """`outputs` float32 `[n, classes]` belong to the submitted rows, in their order; the rows that
-    the model failed on are NaN. Times are in seconds: waiting for the device, and on it.
-    `batch_size` is that of the largest batch any of its rows ran in.
+    """`outputs` float32 `[n, classes]` belong to the submitted rows, in their order; the
+    `failed_rows` that the model failed on are NaN. Times are in seconds: waiting for the device, and
+    on it. `batch_size` is that of the largest batch any of its rows ran in.
     """
 
     outputs: Outputs
     queue_s: float
     run_s: float
     batch_size: int
+    failed_rows: int = 0
 
 
 Done: TypeAlias = Callable[[Answer | Exception], None]
@@ -67,7 +70,7 @@ class Batch(NamedTuple):
     failed: bool
     # Ended as NaN.
     failed_rows: int
-    # Had passed their deadline, or were cancelled, when the run began. Stays 0.
+    # Had passed their deadline when the run began. Stays 0.
     late_rows: int
 
 
@@ -120,13 +123,14 @@ class BatchTimes:
                 # Until they are measured, larger batches are taken to cost as much a row.
                 self._means = [seconds * max(1.0, each / size) for each in self._sizes]
                 self._deviations = [mean * _FIRST_DEVIATION for mean in self._means]
+                self._bounds = [mean * (1 + _DEVIATIONS * _FIRST_DEVIATION) for mean in self._means]
             expected = self._means[lower] * (1 - share) + self._means[upper] * share
-            # One that is cut at twice the expected time can't spoil the table.
+            # Cut at twice the expected time: one hiccup can't spoil the table.
             error = min(seconds - expected, expected)
             self._learn(upper, share, error)
             if share < 1:
                 self._learn(lower, 1 - share, error)
-            self._level(upper if share >= 0.5 else lower)
+            self._order(lower, upper, share)
 
     def _learn(self, knot: int, weight: float, error: float) -> None:
         self._seen[knot] += weight
@@ -137,16 +141,24 @@ class BatchTimes:
             # A batch that was done early breaks no promise.
             difference = max(0.0, error) - self._deviations[knot]
             self._deviations[knot] += difference * weight * _DEVIATION_GAIN
+        self._bounds[knot] = self._means[knot] + _DEVIATIONS * self._deviations[knot]
 
-    def _level(self, newest: int) -> None:
-        """The newest knowledge wins: no smaller batch takes longer, no larger one less."""
+    def _order(self, lower: int, upper: int, share: float) -> None:
+        """No batch takes longer than a larger one: what was just learned at two knots holds."""
         for values in (self._means, self._deviations):
-            for knot in range(newest):
-                values[knot] = min(values[knot], values[newest])
-            for knot in range(newest + 1, len(values)):
-                values[knot] = max(values[knot], values[newest])
-        for knot, mean in enumerate(self._means):
-            self._bounds[knot] = mean + _DEVIATIONS * self._deviations[knot]
+            if values == sorted(values):
+                continue
+            if values[lower] > values[upper]:
+                values[lower] += (values[upper] - values[lower]) * share
+                values[upper] = values[lower]
+            for knot in range(lower):
+                values[knot] = min(values[knot], values[lower])
+            for knot in range(upper + 1, len(values)):
+                values[knot] = max(values[knot], values[upper])
+            self._bounds = [
+                mean + _DEVIATIONS * deviation
+                for mean, deviation in zip(self._means, self._deviations, strict=True)
+            ]
 
 
 class _Queue:
@@ -166,17 +178,17 @@ class _Queue:
         if not self.rows:
             return 0
         first, last = self.tickets[0].rank, self.tickets[-1].rank
-        if last <= rank:
-            return self.rows
-        return int(self.rows * max(0.0, rank - first) / (last - first))
+        if first > rank:
+            return 0
+        return self.rows if last <= rank else int(self.rows * (rank - first) / (last - first))
 
 
 class Ticket:
-    """A submitted request."""
+    """A submitted request; all but `cancel` is the batcher's."""
 
     __slots__ = (
         "answered", "arrived", "batch_size", "batcher", "count", "deadline", "done", "ended",
-        "failed", "outputs", "queue", "rank", "rows", "run_s", "taken",
+        "failed_rows", "on_trial", "outputs", "queue", "rank", "rows", "run_s", "taken",
     )  # fmt: skip
 
     def __init__(
@@ -187,6 +199,7 @@ class Ticket:
         done: Done,
         arrived: float,
         deadline: float,
+        on_trial: bool,
     ) -> None:
         self.batcher = batcher
         self.queue = queue
@@ -195,10 +208,11 @@ class Ticket:
         self.done = done
         self.arrived = arrived
         self.deadline = deadline
+        # Let in against the estimate: see `_admit`.
+        self.on_trial = on_trial
         self.rank = arrived + queue.handicap_s
-        self.taken = 0
-        self.answered = 0
-        self.failed = 0
+        # How many rows went into batches, came back, and came back as failed.
+        self.taken = self.answered = self.failed_rows = 0
         self.outputs: Outputs | None = None
         self.run_s = 0.0
         self.batch_size = 0
@@ -212,7 +226,9 @@ class Ticket:
             self.done(Cancelled("the request was cancelled"))
 
 
+# Rows of a request that go into one batch: from, to.
 _Slice: TypeAlias = tuple[Ticket, int, int]
+_Ending: TypeAlias = tuple[Ticket, Answer | Exception]
 
 
 class Batcher:
@@ -259,17 +275,22 @@ class Batcher:
         self._asleep = False
         self._thread: threading.Thread | None = None
         self._closed = False
-        # The priorities that were ever asked for.
+        # One for each priority that was ever asked for.
         self._queues = [_Queue(_DEFAULT_LEVEL)]
         self._rows = 0
-        self._newest: Ticket | None = None
         self._running = False
         # While a batch runs, when it should be done; after it, when it was.
         self._free_at = clock()
-        self._was_waiting = False
-        # From the end of a run to the start of the next while some wait: answers are given, and
-        # requests read, perhaps on the same core.
+        # The rows of the last batch, and whether others were left. What then goes by for each row
+        # until the next starts: answers are given and requests are read, perhaps on the same core.
+        self._size = 1
+        self._left_some = False
         self._gap_s = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return not self._closed
 
     @property
     def waiting(self) -> bool:
@@ -289,20 +310,19 @@ class Batcher:
         Raises Overloaded where the expected wait is over `max_wait_s` or the end is past
         `deadline`, DeadlineExceeded where that has passed already, NotReady after `close`.
         """
-        if rows.dtype != np.uint8 or rows.shape[1:] != self._row_shape or not len(rows):
+        count = len(rows)
+        if rows.dtype != _UINT8 or rows.shape != (count, *self._row_shape) or not count:
             raise ValueError(f"{rows.dtype} {rows.shape} for uint8 [n >= 1, *{self._row_shape}]")
-        now = self._clock()
         with self._lock:
             if self._closed:
                 raise NotReady("this version is being unloaded: retry")
+            now = self._clock()
             queue = self._queue(priority)
-            if deadline is None:
-                deadline = math.inf
-            self._admit(queue, len(rows), now, deadline)
-            ticket = Ticket(self, queue, rows, done, now, deadline)
+            until = math.inf if deadline is None else deadline
+            on_trial = self._admit(queue, count, now, until)
+            ticket = Ticket(self, queue, rows, done, now, until, on_trial)
             queue.tickets.append(ticket)
-            self._newest = ticket
-            self._add(queue, min(ticket.count, self._max))
+            self._add(queue, min(count, self._max))
             if self._asleep:
                 self._asleep = False
                 self._wake.notify()
@@ -312,8 +332,7 @@ class Batcher:
         """Seconds until `rows` rows submitted now would be answered, as far as can be told."""
         with self._lock:
             now = self._clock()
-            queue = self._queue(0)
-            return self._rest_s(now) + self._run_s(self._ahead(queue, now) + rows)
+            return self._rest_s(now) + self._run_s(self._ahead(self._queue(0), now) + rows)
 
     def run_next(self) -> bool:
         """Runs one batch on this thread; False where nothing waited, or a batch runs already."""
@@ -322,22 +341,21 @@ class Batcher:
             with self._lock:
                 if self._running or not self._rows:
                     return False
-                now = self._clock()
-                if self._was_waiting:
-                    gap = min(now - self._free_at, self._gap_s + self._times.estimate(self._max))
-                    self._gap_s += (gap - self._gap_s) * _MEAN_GAIN
-                batch, late = self._take(now)
                 self._running = True
-                self._free_at = now + self._batch_s(_size(batch))
-            _tell([(ticket, _too_late()) for ticket in late])
+                now = self._clock()
+                if self._left_some:
+                    self._learn_gap(now)
+                batch, late = self._take(now)
+            if late:
+                _tell(late)
             if batch:
                 self._run_batch(batch, now)
+            self._left_some = self._rows > 0
             self._running = False
-            self._was_waiting = self._rows > 0
         # A bug here must not leave callers waiting for what will never come.
         except BaseException as bug:
             log.critical("bug in the batcher", exc_info=True)
-            self._abandon([ticket for ticket, _, _ in batch])
+            self._abandon(batch)
             self._on_bug(bug)
         return True
 
@@ -347,7 +365,9 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Refuses new requests, finishes those that wait, and ends the thread if there is one."""
+        """Refuses new requests, finishes those that wait (without a thread of its own: here), and
+        ends the thread.
+        """
         with self._lock:
             self._closed = True
             self._wake.notify()
@@ -370,56 +390,73 @@ class Batcher:
     # Estimates. The lock is held.
 
     def _batch_s(self, rows: int) -> float:
-        return self._times.estimate(self._max if self._deterministic else rows) if rows else 0.0
+        """To run a batch of `rows`."""
+        return self._times.estimate(self._max if self._deterministic and rows else rows)
+
+    def _cycle_s(self, rows: int) -> float:
+        """From the start of a batch of `rows` to that of the next."""
+        return self._batch_s(rows) + rows * self._gap_s
 
     def _run_s(self, rows: int) -> float:
         """To run `rows`, in as few batches as they need."""
         batches, rest = divmod(rows, self._max)
-        return batches * (self._batch_s(self._max) + self._gap_s) + self._batch_s(rest)
+        seconds = self._batch_s(rest)
+        return seconds + batches * self._cycle_s(self._max) if batches else seconds
 
     def _rest_s(self, now: float) -> float:
         """Until the device is free. What is overdue by a time is expected to take as long again."""
-        return abs(self._free_at - now) + self._gap_s if self._running else 0.0
+        return abs(self._free_at - now) + self._size * self._gap_s if self._running else 0.0
+
+    def _learn_gap(self, now: float) -> None:
+        # Cut as the times in `BatchTimes` are.
+        most = 2 * self._gap_s + self._batch_s(self._max) / self._max
+        gap_s = min((now - self._free_at) / self._size, most)
+        self._gap_s += (gap_s - self._gap_s) * _MEAN_GAIN
 
     def _ahead(self, queue: _Queue, now: float) -> int:
         """Rows that go before what comes to `queue` now."""
         if queue.rows == self._rows:
-            return self._rows
+            return queue.rows
         rank = now + queue.handicap_s
         return sum(each.before(rank) for each in self._queues)
 
-    def _admit(self, queue: _Queue, count: int, now: float, deadline: float) -> None:
-        """Raises Overloaded or DeadlineExceeded where the request is not to be taken on."""
+    def _admit(self, queue: _Queue, count: int, now: float, deadline: float) -> bool:
+        """Raises Overloaded or DeadlineExceeded where a request is not to be taken on. True where it
+        is let in although the estimate is against it.
+        """
         ahead, rest_s = self._ahead(queue, now), self._rest_s(now)
-        wait_s = rest_s + self._run_s(ahead // self._max * self._max)
+        common, common_s = self._max, self._cycle_s(self._max)
+        wait_s = rest_s + ahead // self._max * common_s
         if wait_s > self._max_wait_s:
             raise Overloaded(
-                f"{ahead} images are waiting, about {wait_s:.2g} s: back off, then retry",
+                f"those before you take about {wait_s:.2g} s: back off, then retry",
                 wait_s - self._max_wait_s,
             )
         if deadline == math.inf:
-            return
+            return False
         left_s = deadline - now
         if left_s <= 0:
             raise DeadlineExceeded("the deadline has passed")
-        # More will come to share its last batch. If it were promised less time than they make it
-        # take, then under load every batch would have to be small to keep that promise. A batch that
-        # takes half of the time that is left can follow another of its kind.
-        common = self._max
-        if 2 * self._batch_s(common) > left_s:
-            common = self._times.largest(left_s / 2)
-        batches, last = divmod(ahead + count - 1, self._max)
-        end_s = rest_s + self._run_s(batches * self._max) + self._batch_s(max(last + 1, common))
+        # More will come to share its batch. Were it promised an end without them, then under load
+        # every batch would have to stay small for that promise, and rows in small batches cost the
+        # most. So it is promised a batch of a common size: the largest that can follow another of
+        # its kind in the time there is.
+        if 2 * common_s > left_s and not self._deterministic:
+            common = max(min(count, self._max), self._times.largest(left_s / 2))
+            common_s = self._cycle_s(common)
+        batches = -(-(ahead + count) // common)
+        end_s = rest_s + batches * common_s
         if end_s <= left_s:
-            return
-        # Where all are refused no run would ever mend an estimate that is wrong.
+            return False
+        # Estimates that are too long would never be mended if they kept everything away: while the
+        # device idles, they count for less and less.
         if not self._running and not self._rows:
-            trust = 0.5 ** ((now - self._free_at) / _HALF_LIFE_S)
-            if end_s * trust <= left_s:
-                return
+            age_s = now - self._free_at
+            if end_s * 0.5 ** (age_s / _HALF_LIFE_S) <= left_s:
+                return True
         raise Overloaded(
-            f"this would take about {end_s:.2g} s, the deadline leaves {left_s:.2g} s: back off, "
-            "then retry",
+            f"this would take about {end_s:.2g} s, the deadline leaves {left_s:.2g} s: "
+            "back off, then retry, or allow more time",
             end_s - left_s,
         )
 
@@ -448,62 +485,66 @@ class Batcher:
                 first = queue
         return first
 
-    def _end(self, ticket: Ticket) -> None:
-        """What still waits of it will not run."""
-        ticket.ended = True
-        self._add(ticket.queue, -min(ticket.count - ticket.taken, self._max))
-        ticket.rows = ticket.rows[:0]
-
-    def _take(self, now: float) -> tuple[list[_Slice], list[Ticket]]:
+    def _take(self, now: float) -> tuple[list[_Slice], list[_Ending]]:
         """The next batch, and those who can no longer be done in time."""
         batch: list[_Slice] = []
-        late: list[Ticket] = []
-        size, room = 0, self._max
-        full_s = self._batch_s(room)
+        late: list[_Ending] = []
+        size, room, full_s = 0, self._max, self._batch_s(self._max)
         while size < room and (queue := self._first()):
             ticket = queue.tickets[0]
             remaining = ticket.count - ticket.taken
             count = min(room - size, remaining)
-            if ticket.deadline != math.inf:
-                left_s = ticket.deadline - now
+            left_s = ticket.deadline - now
+            if left_s <= full_s or count < remaining:
                 end_s = self._batch_s(size + count) + self._run_s(remaining - count)
-                fits = self._max if full_s <= left_s else self._times.largest(left_s)
-                if end_s > left_s or left_s <= 0 or self._costs_others(size + count, fits, now):
-                    self._end(ticket)
-                    late.append(ticket)
+                # A larger batch takes longer: no more rows than this one can wait for.
+                fits = max(size + count, min(room, self._times.largest(left_s)))
+                if (
+                    ticket.deadline <= now
+                    or (end_s > left_s and not ticket.on_trial)
+                    or (left_s < full_s and self._costs_more(queue, fits, left_s))
+                ):
+                    late.append(self._end_late(ticket))
                     continue
-                room = min(room, max(size + count, fits))
-            start, ticket.taken = ticket.taken, ticket.taken + count
-            batch.append((ticket, start, ticket.taken))
+                room = fits
+            batch.append((ticket, ticket.taken, ticket.taken + count))
+            ticket.taken += count
             size += count
-            after = remaining - count
-            self._add(queue, min(after, self._max) - min(remaining, self._max))
-            if not after:
+            self._add(queue, min(remaining - count, self._max) - min(remaining, self._max))
+            if count == remaining:
                 queue.tickets.popleft()
-            elif count == room:
+            elif count == size:
                 # It had a whole batch and wants more: those who wait already go first.
                 ticket.rank = now + queue.handicap_s
                 queue.tickets.rotate(-1)
+        if size:
+            self._size = size
+        self._free_at = now + self._batch_s(size)
         return batch, late
 
-    def _costs_others(self, size: int, fits: int, now: float) -> bool:
-        """Whether a batch of only `fits` rows, for the sake of one of its first `size`, would make
-        others late: the newest stands for them.
+    def _costs_more(self, queue: _Queue, size: int, seconds: float) -> bool:
+        """Whether to keep one deadline by a batch of `size` rows in `seconds` makes others late.
 
-        To keep the oldest by small batches, in which each row takes longer, is to lose more behind
-        it. Shen et al., Nexus, 2019, section 6.3: early drop.
+        So it is where these are fewer than half of the rows that full batches do in that time, and
+        more than a batch of its like are waiting. Who saves the oldest each time ends with small
+        batches and long queues. Shen et al., Nexus, 2019, section 6.3: early drop.
         """
-        newest, waiting = self._newest, self._rows + size
-        if fits >= min(self._max, waiting) or newest is None or newest.ended:
-            return False
-        left_s = newest.deadline - now
-        return (
-            self._run_s(self._rows) <= left_s
-            and self._batch_s(fits) + self._gap_s + self._run_s(waiting - fits) > left_s
-        )
+        enough = self._max * seconds / 2
+        alike = queue.tickets[-1].deadline != math.inf
+        return alike and queue.rows > self._max and size * self._batch_s(self._max) < enough
+
+    def _end(self, ticket: Ticket) -> None:
+        """What still waits of it will not run."""
+        ticket.ended = True
+        self._add(ticket.queue, -min(ticket.count - ticket.taken, self._max))
+        ticket.rows = self._buffer[:0]
+
+    def _end_late(self, ticket: Ticket) -> _Ending:
+        self._end(ticket)
+        return ticket, DeadlineExceeded("the deadline passed, or could no longer be met")
 
     def _withdraw(self, ticket: Ticket) -> bool:
-        """Ends a request; False where it has ended."""
+        """Ends a request; False where it has ended. Takes the lock."""
         with self._lock:
             if ticket.ended:
                 return False
@@ -516,36 +557,36 @@ class Batcher:
         """Runs what is still wanted of `batch`, tells those whose last rows these were, and gives
         the number of rows that failed. `apart`: it is one row of a batch that failed.
         """
-        rows, batch, began = self._last_look(batch)
+        rows, size, batch, began = self._last_look(batch)
         if not batch:
             return 0
-        size = _size(batch)
-        late_rows = _size([piece for piece in batch if piece[0].deadline <= began])
         outputs, bad = self._outputs(rows, size, quiet=apart)
         ended = self._clock()
         run_s = ended - began
         if outputs is not None:
             self._times.record(self._max if self._deterministic else size, ended - taken_at)
         retry = outputs is None and size > 1
-        failed = 0 if retry or bad is None else int(bad.sum())
-        endings: list[tuple[Ticket, Answer | Exception]] = []
+        endings: list[_Ending] = []
+        late_rows = offset = 0
         with self._lock:
-            self._free_at = ended + (size * self._batch_s(1) if retry else 0.0)
-            offset = 0
+            self._free_at = ended
             for ticket, start, stop in batch:
                 part = slice(offset, offset + stop - start)
                 offset = part.stop
+                if ticket.deadline <= began:
+                    late_rows += stop - start
                 ticket.run_s += run_s
                 ticket.batch_size = max(ticket.batch_size, size)
-                if retry or ticket.ended:
+                if ticket.ended or retry:
                     continue
                 if bad is not None:
-                    ticket.failed += int(bad[part].sum())
+                    ticket.failed_rows += int(np.count_nonzero(bad[part]))
                 ending = _give(
-                    ticket, start, stop, None if outputs is None else outputs[part], ended
+                    ticket, start, stop, outputs if outputs is None else outputs[part], ended
                 )
                 if ending is not None:
                     endings.append((ticket, ending))
+        failed = 0 if bad is None or retry else int(np.count_nonzero(bad))
         # What is answered has been counted already.
         try:
             self._on_batch(Batch(size, len(batch), run_s, outputs is None, failed, late_rows))
@@ -557,53 +598,56 @@ class Batcher:
                 for ticket, start, stop in batch
                 for row in range(start, stop)
             )
-            log.error("of these rows %d fail by themselves", failed)
+            log.error("run apart, %d of these %d rows failed", failed, size)
         return failed
 
-    def _last_look(self, batch: list[_Slice]) -> tuple[Rows, list[_Slice], float]:
-        """The rows of those who still want them, just before they run, and the time at that."""
+    def _last_look(self, batch: list[_Slice]) -> tuple[Rows, int, list[_Slice], float]:
+        """The rows to run and how many they are, the slices of those who still want them, and the
+        time at which that was so: just before the run.
+        """
         while True:
-            rows = self._gather(batch)
-            late: list[tuple[Ticket, Answer | Exception]] = []
+            rows, size = self._gather(batch)
+            wanted: list[_Slice] = []
+            late: list[_Ending] = []
             with self._lock:
                 now = self._clock()
-                wanted = []
                 for piece in batch:
                     ticket = piece[0]
                     if ticket.ended:
                         continue
-                    if ticket.deadline <= now:
-                        self._end(ticket)
-                        late.append((ticket, _too_late()))
-                    else:
+                    if ticket.deadline > now:
                         wanted.append(piece)
-            _tell(late)
+                    else:
+                        late.append(self._end_late(ticket))
+            if late:
+                _tell(late)
             if len(wanted) == len(batch):
-                return rows, batch, now
+                return rows, size, batch, now
             batch = wanted
 
-    def _gather(self, batch: list[_Slice]) -> Rows:
-        """The rows of a batch: a view where one request has them all, else a copy."""
+    def _gather(self, batch: list[_Slice]) -> tuple[Rows, int]:
+        """The rows of a batch, and how many: a view where one request has them all, else a copy."""
         if len(batch) == 1:
             ticket, start, stop = batch[0]
             rows = ticket.rows[start:stop]
             if rows.flags.c_contiguous and (len(rows) == self._max or not self._deterministic):
-                return rows
+                return rows, len(rows)
         size = 0
         for ticket, start, stop in batch:
             rows = ticket.rows[start:stop]
-            self._buffer[size : size + len(rows)] = rows
-            size += len(rows)
+            end = size + len(rows)
+            self._buffer[size:end] = rows
+            size = end
         if self._deterministic:
             self._buffer[size:] = 0
-            return self._buffer
-        return self._buffer[:size]
+            return self._buffer, size
+        return self._buffer[:size], size
 
     def _outputs(
         self, rows: Rows, size: int, *, quiet: bool
     ) -> tuple[Outputs | None, npt.NDArray[np.bool_] | None]:
-        """The answers to the first `size` rows, None where the run failed; and which of them are
-        none, None where all are well.
+        """What the model gives for the first `size` rows, None where the run failed; and which of
+        them failed, None where none did.
         """
         try:
             outputs = self._run(rows)
@@ -616,37 +660,35 @@ class Batcher:
             return None, np.ones(size, np.bool_)
         outputs = outputs[:size]
         finite = np.isfinite(outputs)
-        if finite.all():
+        if np.count_nonzero(finite) == finite.size:
             return outputs, None
-        bad: npt.NDArray[np.bool_] = ~np.asarray(finite.all(axis=1))
+        bad = np.logical_not(np.logical_and.reduce(finite, axis=1))
         if not quiet:
             log.error("the model gave NaN or infinity for %d of %d rows", bad.sum(), size)
         outputs = outputs.copy()
         outputs[bad] = np.nan
         return outputs, bad
 
-    def _abandon(self, running: list[Ticket]) -> None:
+    def _abandon(self, batch: list[_Slice]) -> None:
+        """After a bug: fails those in `batch` and all that wait."""
         with self._lock:
             self._closed, self._running = True, False
-            waiting = [ticket for queue in self._queues for ticket in queue.tickets]
-            stranded = [ticket for ticket in {*running, *waiting} if not ticket.ended]
+            tickets = {ticket for ticket, _, _ in batch}
+            tickets.update(ticket for queue in self._queues for ticket in queue.tickets)
+            stranded = [ticket for ticket in tickets if not ticket.ended]
             for ticket in stranded:
                 self._end(ticket)
         try:
             _tell([(ticket, InferenceFailed("internal error")) for ticket in stranded])
-        except Exception:
-            log.exception("a request could not be told of it")
-
-
-def _size(batch: list[_Slice]) -> int:
-    return sum(stop - start for _, start, stop in batch)
+        except BaseException:
+            log.exception("a request could not be told")
 
 
 def _give(
     ticket: Ticket, start: int, stop: int, outputs: Outputs | None, now: float
 ) -> Answer | Exception | None:
-    """Puts the outputs of some rows to their request, None where the run failed; gives its ending
-    where these were the last.
+    """Puts the outputs of some rows to their request, None where they failed; gives its ending where
+    these were the last.
     """
     ticket.answered += stop - start
     if stop - start == ticket.count:
@@ -658,14 +700,14 @@ def _give(
     if ticket.answered < ticket.count:
         return None
     ticket.ended = True
-    if ticket.outputs is None or ticket.failed == ticket.count:
-        return InferenceFailed("the model failed on these images")
+    if ticket.outputs is None or ticket.failed_rows == ticket.count:
+        return InferenceFailed("the model failed on every image of this request")
     queue_s = max(0.0, now - ticket.arrived - ticket.run_s)
-    return Answer(ticket.outputs, queue_s, ticket.run_s, ticket.batch_size)
+    return Answer(ticket.outputs, queue_s, ticket.run_s, ticket.batch_size, ticket.failed_rows)
 
 
-def _tell(endings: list[tuple[Ticket, Answer | Exception]]) -> None:
-    """All of them are told, though one of them raises."""
+def _tell(endings: list[_Ending]) -> None:
+    """All of them hear, though one of them raises."""
     bug: BaseException | None = None
     for ticket, ending in endings:
         try:
@@ -674,7 +716,3 @@ def _tell(endings: list[tuple[Ticket, Answer | Exception]]) -> None:
             bug = error
     if bug is not None:
         raise bug
-
-
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed, or could no longer be met")
