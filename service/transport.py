@@ -48,7 +48,7 @@ _FORGOTTEN = 100
 # From here on a deadline is none: gRPC says "never" in seconds since 1970.
 _NEVER_S = 1e11
 
-# The public server's threads: each call that is worked on holds one, a stream two.
+# The public server's threads: each call that is worked on holds one, and one while it is read.
 _THREADS = 256
 
 Options = Sequence[tuple[str, int]]
@@ -381,6 +381,8 @@ class PublicServer(Loop):
         super().__init__()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grpc")
+        # Reading blocks, and so must not be where answers are sent from.
+        self._readers = ThreadPoolExecutor(_THREADS, thread_name_prefix="grpc-read")
         self._server = grpc.server(self._pool, options=tuple(options))
         self._server.add_generic_rpc_handlers((_AnyMethod(self._handle),))
 
@@ -416,6 +418,7 @@ class PublicServer(Loop):
             with suppress(queue.Empty):
                 self._while_it_stops(self._events.get(timeout=_NAP_S))
         self._pool.shutdown()
+        self._readers.shutdown()
 
     def _wake(self, exchange: Exchange | None) -> None:
         self._events.put(_ignore)
@@ -428,7 +431,12 @@ class PublicServer(Loop):
         known = remaining is not None and remaining < _NEVER_S
         deadline = time.monotonic() + remaining if known and remaining is not None else None
         exchange = _PublicExchange(
-            self._events, messages, method, deadline, context.invocation_metadata()
+            self._events,
+            self._readers,
+            messages,
+            method,
+            deadline,
+            context.invocation_metadata(),
         )
         self._events.put(lambda: self.on_call(exchange))
         # It may be over already.
@@ -451,21 +459,22 @@ class _AnyMethod(grpc.GenericRpcHandler):
 
 
 class _PublicExchange(Exchange):
-    __slots__ = ("_answers", "_ended", "_events", "_messages", "_reads")
+    __slots__ = ("_answers", "_due", "_ended", "_events", "_messages", "_readers")
 
     def __init__(
         self,
         events: "queue.SimpleQueue[Callable[[], None]]",
+        readers: ThreadPoolExecutor,
         messages: Iterator[bytes],
         method: str,
         deadline: float | None,
         metadata: Any,
     ) -> None:
         super().__init__(method, deadline, metadata)
-        self._events, self._messages = events, messages
+        self._events, self._readers, self._messages = events, readers, messages
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._reads: queue.SimpleQueue[Callable[[bytes | None], None] | None] | None = None
         self._ended = False
+        self._due = 1  # its end, and what is being read
 
     def accept(self) -> None:
         pass
@@ -474,19 +483,26 @@ class _PublicExchange(Exchange):
         self.end(code, details, trailers)
 
     def read(self, then: Callable[[bytes | None], None]) -> None:
-        # Reading blocks, and so must not be where answers are sent from.
-        if self._reads is None:
-            self._reads = queue.SimpleQueue()
-            threading.Thread(target=self._read, args=(self._reads,), daemon=True).start()
-        self._reads.put(then)
+        self._due += 1
+        self._readers.submit(self._read, then)
 
-    def _read(self, reads: "queue.SimpleQueue[Callable[[bytes | None], None] | None]") -> None:
-        while (then := reads.get()) is not None:
-            try:
-                message = next(self._messages, None)
-            except grpc.RpcError:  # so the iterator says that the call is over
-                message = None
-            self._events.put(partial(then, message))
+    def _read(self, then: Callable[[bytes | None], None]) -> None:
+        try:
+            message = next(self._messages, None)
+        except grpc.RpcError:  # so the iterator says that the call is over
+            message = None
+        self._events.put(partial(self._received, then, message))
+
+    def _received(self, then: Callable[[bytes | None], None], message: bytes | None) -> None:
+        then(message)
+        self._done()
+
+    def _done(self) -> None:
+        self._due -= 1
+        if not self._due:
+            on_closed = self.on_closed
+            self.on_gone = self.on_closed = _ignore
+            on_closed()
 
     def write(self, message: bytes, more: bool, then: Callable[[], None]) -> None:
         self._answers.put((message, then))
@@ -504,16 +520,12 @@ class _PublicExchange(Exchange):
         self._ended = True
 
     def closed(self) -> None:
-        """The call is over: the loop hears it last."""
-        if self._reads is not None:
-            self._reads.put(None)
+        """The call is over."""
         if not self._ended:
             self._answers.put(None)
             self.gone = True
             self.on_gone()
-        on_closed = self.on_closed
-        self.on_gone = self.on_closed = _ignore
-        on_closed()
+        self._done()
 
     def answers(self, context: grpc.ServicerContext) -> Iterator[bytes]:
         """On the server's thread."""
