@@ -73,6 +73,7 @@ class Acceptor:
             max_held_bytes=int(settings.max_held_mb * 1e6),
             # Beside its images a request has a few fields of its own.
             max_parts=settings.max_images + 1000,
+            check=repository.check,
         )
         self._open = self._stopping = self._was_ready = False
         self._health = Health(front)

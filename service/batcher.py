@@ -36,8 +36,8 @@ _FIRST_DEVIATION = 1 / 8
 # that no one waits for ever.
 _DEFAULT_LEVEL, _LOWEST_LEVEL, _LEVEL_S = 2, 8, 1.0
 
-# What an estimate is worth on an idle device, after so long without a run that could mend it.
-_HALF_LIFE_S = 1.0
+# On an idle device an estimate is worth half after so long without a run, a third after twice that.
+_CERTAIN_S = 1.0
 
 
 class Answer(NamedTuple):
@@ -328,11 +328,23 @@ class Batcher:
                 self._wake.notify()
         return ticket
 
+    def check(self, deadline: float | None) -> None:
+        """Raises what `submit` of a single row, at the highest priority that is asked for, would
+        raise: then nothing can be taken on, and callers can be told before they are heard.
+        """
+        with self._lock:
+            queue = min(self._queues, key=lambda each: each.level)
+            until = math.inf if deadline is None else deadline
+            self._admit(queue, 1, self._clock(), until)
+
     def wait_s(self, rows: int = 1) -> float:
-        """Seconds until `rows` rows submitted now would be answered, as far as can be told."""
+        """Seconds until `rows` rows submitted now would be answered, as far as can be told; less and
+        less while the device idles and nothing is measured.
+        """
         with self._lock:
             now = self._clock()
-            return self._rest_s(now) + self._run_s(self._ahead(self._queue(0), now) + rows)
+            seconds = self._rest_s(now) + self._run_s(self._ahead(self._queue(0), now) + rows)
+            return seconds * self._trust(now)
 
     def run_next(self) -> bool:
         """Runs one batch on this thread; False where nothing waited, or a batch runs already."""
@@ -413,6 +425,14 @@ class Batcher:
         gap_s = min((now - self._free_at) / self._size, most)
         self._gap_s += (gap_s - self._gap_s) * _MEAN_GAIN
 
+    def _trust(self, now: float) -> float:
+        """What estimates are worth. Those that are too long would never be mended if they kept
+        everything away: while the device idles, they count for less and less.
+        """
+        if self._running or self._rows:
+            return 1.0
+        return _CERTAIN_S / (_CERTAIN_S + now - self._free_at)
+
     def _ahead(self, queue: _Queue, now: float) -> int:
         """Rows that go before what comes to `queue` now."""
         if queue.rows == self._rows:
@@ -446,14 +466,8 @@ class Batcher:
             common_s = self._cycle_s(common)
         batches = -(-(ahead + count) // common)
         end_s = rest_s + batches * common_s
-        if end_s <= left_s:
-            return False
-        # Estimates that are too long would never be mended if they kept everything away: while the
-        # device idles, they count for less and less.
-        if not self._running and not self._rows:
-            age_s = now - self._free_at
-            if end_s * 0.5 ** (age_s / _HALF_LIFE_S) <= left_s:
-                return True
+        if end_s * self._trust(now) <= left_s:
+            return end_s > left_s
         raise Overloaded(
             f"this would take about {end_s:.2g} s, the deadline leaves {left_s:.2g} s: "
             "back off, then retry, or allow more time",

@@ -124,11 +124,15 @@ class Front:
         max_in_flight: int,
         max_held_bytes: int,
         max_parts: int,
+        check: Callable[[float | None], None] = _ignore,
     ) -> None:
-        """`max_parts`: fields in a large body, see `wire.check_parts`."""
+        """`max_parts`: fields in a large body, see `wire.check_parts`. `check(deadline)` raises where
+        work can't be done by then, whatever it is.
+        """
         self.loop, self.metrics = loop, metrics
         self._max_bytes, self._max_in_flight = max_request_bytes, max_in_flight
         self._max_held, self._max_parts = max_held_bytes, max_parts
+        self._check = check
         self._routes: dict[str, tuple[bool, Callable[[Exchange], object]]] = {}
         self._in_flight = self._held = self._calls = 0
         self._streams: set[_Stream] = set()
@@ -213,7 +217,7 @@ class Front:
             return
         always, begin = route
         if not always:
-            error = self.refusal()
+            error = self.refusal(exchange.deadline)
             if error is not None:
                 code = _STATUS[type(error)]
                 self.metrics.finished(exchange.method.rpartition("/")[2], "", code.name, 0.0)
@@ -226,7 +230,7 @@ class Front:
         exchange.accept()
         begin(exchange)
 
-    def refusal(self) -> errors.ConvoyError | None:
+    def refusal(self, deadline: float | None) -> errors.ConvoyError | None:
         """Why no more work is taken on; None where it is."""
         if self.draining:
             return errors.NotReady(_DRAINING)
@@ -238,6 +242,10 @@ class Front:
             return errors.Overloaded(
                 f"{self._held / 1e6:.0f} MB of requests are worked on: back off, then retry"
             )
+        try:
+            self._check(deadline)
+        except errors.ConvoyError as error:
+            return error
         return None
 
     def started(self, call: Call, size: int) -> None:
@@ -431,7 +439,7 @@ class _Stream:
             self.end_if_done()
             return
         front, call = self._front, Call(time.monotonic(), self._exchange.deadline, _ignore)
-        refused, request = front.refusal(), None
+        refused, request = front.refusal(self._exchange.deadline), None
         front.started(call, 0)
         self._owed += 1
         self._owed_bytes += len(data)

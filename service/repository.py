@@ -22,6 +22,7 @@ from service.cpu import Budget
 from service.errors import (
     BrokenVersion,
     Cancelled,
+    ConvoyError,
     DeadlineExceeded,
     InvalidImage,
     InvalidRequest,
@@ -374,6 +375,23 @@ class Repository:
                 f"use version {entry.served.version}, or leave it out"
             )
         return entry.served
+
+    def check(self, deadline: float | None) -> None:
+        """Raises Overloaded where no model can take on a single image more by then."""
+        refusal: Overloaded | None = None
+        for entry in self._entries.values():
+            if entry.served is not None:
+                try:
+                    entry.served.batcher.check(deadline)
+                except Overloaded as error:
+                    refusal = error
+                    continue
+                # Whatever else is wrong is for those to hear who ask for this model.
+                except ConvoyError:
+                    pass
+                return
+        if refusal is not None:
+            raise refusal
 
     def entries(self) -> list[Entry]:
         return list(self._entries.values())

@@ -532,18 +532,9 @@ class RemoteBatcher:
         if ticket.deadline <= now:
             raise DeadlineExceeded("the deadline has passed")
         route, ahead_s = self._nearest(now)
-        # The engine would refuse it too, after its rows are copied. The rest is for the engine to
-        # judge: it alone knows who is before a request of the highest priority.
-        if ahead_s and ticket.priority != 1:
-            # The last batch of those who wait may have room for it.
-            over_s = max(
-                ahead_s - self._batch_rows * route.row_s - self._max_wait_s,
-                now + ahead_s - ticket.deadline,
-            )
-            if over_s > 0:
-                raise Overloaded(
-                    f"those who wait take about {ahead_s:.2g} s: back off, then retry", over_s
-                )
+        # It alone knows who is before a request of the highest priority.
+        if ticket.priority != 1:
+            self._refuse(route, ahead_s, now, ticket.deadline)
         room = min(total, self._piece_rows)
         pieces: list[_Piece] = []
         while True:
@@ -558,6 +549,25 @@ class RemoteBatcher:
             if room == total or offset is None or len(pieces) == 2:
                 return pieces
             route, _ = self._nearest(now)
+
+    def _refuse(self, route: _Route, ahead_s: float, now: float, deadline: float) -> None:
+        """Raises Overloaded where the engine would for certain; the rest is for it to judge."""
+        if not ahead_s:
+            return
+        # The last batch of those who wait may have room for it.
+        over_s = max(
+            ahead_s - self._batch_rows * route.row_s - self._max_wait_s, now + ahead_s - deadline
+        )
+        if over_s > 0:
+            raise Overloaded(
+                f"those who wait take about {ahead_s:.2g} s: back off, then retry", over_s
+            )
+
+    def check(self, deadline: float | None) -> None:
+        """See `Batcher.check`; priorities, too, are refused here."""
+        now = time.monotonic()
+        route, ahead_s = self._nearest(now)
+        self._refuse(route, ahead_s, now, math.inf if deadline is None else deadline)
 
     def _give_up(self, pieces: list[_Piece]) -> None:
         """An engine has died while its rows were copied."""
