@@ -245,7 +245,8 @@ class Front:
         try:
             self._check(deadline)
         except errors.ConvoyError as error:
-            return error
+            # With it the callers' frames would keep the error, and it them.
+            return error.with_traceback(None)
         return None
 
     def started(self, call: Call, size: int) -> None:
@@ -405,7 +406,7 @@ class _Stream:
     ) -> None:
         self._front, self._exchange, self._name = front, exchange, name
         self._kind, self._handler, self._refusal = kind, handler, refusal
-        self._tasks: set[Task] = set()
+        self._tasks: dict[int, Task] = {}  # by the identity of their `Call`
         self._answers: deque[bytes] = deque()
         self._owed = self._owed_bytes = 0
         self._reading = self._writing = self._over = self._ended = False
@@ -439,38 +440,37 @@ class _Stream:
             self.end_if_done()
             return
         front, call = self._front, Call(time.monotonic(), self._exchange.deadline, _ignore)
-        refused, request = front.refusal(self._exchange.deadline), None
+        refused, request, size = front.refusal(self._exchange.deadline), None, len(data)
         front.started(call, 0)
         self._owed += 1
-        self._owed_bytes += len(data)
-        size = len(data)
+        self._owed_bytes += size
         try:
-            if refused is not None:
-                raise refused
-            front.hold(call, size)
-            request = front.parse(self._kind, data, call)
+            if refused is None:
+                front.hold(call, size)
+                request = front.parse(self._kind, data, call)
         except errors.ConvoyError as error:
-            # So that the answer says which message it is for.
-            if request is None and size <= _SMALL_BYTES:
-                request = _parsed(self._kind, data)
-            self._answer(request, call, size, error)
+            self._refuse(data, call, error)
         else:
-            del data
-            task: Task
-
-            def ended(outcome: Any) -> None:
-                self._tasks.discard(task)
-                self._answer(request, call, size, outcome)
-
-            task = front.task(self._handler(request, call), ended, self._exchange)
-            self._tasks.add(task)
-            task.run()
+            if refused is not None:
+                self._refuse(data, call, refused)
+            else:
+                del data
+                then = partial(self._answer, request, call, size)
+                task = front.task(self._handler(request, call), then, self._exchange)
+                self._tasks[id(call)] = task
+                task.run()
         self._read()
+
+    def _refuse(self, data: bytes, call: Call, error: errors.ConvoyError) -> None:
+        # So that the answer says which message it is for.
+        request = _parsed(self._kind, data) if len(data) <= _SMALL_BYTES else None
+        self._answer(request, call, len(data), error)
 
     def _answer(
         self, request: Message | None, call: Call, size: int, outcome: Message | bytes | Exception
     ) -> None:
         front, answer = self._front, b""
+        self._tasks.pop(id(call), None)
         if self._exchange.gone or self._ended:
             code = _ending(call)
         elif not isinstance(outcome, Exception):
@@ -511,7 +511,7 @@ class _Stream:
     def _gone(self) -> None:
         self._ended = True
         self._answers.clear()
-        for task in list(self._tasks):
+        for task in list(self._tasks.values()):
             task.cancel()
 
     def _closed(self) -> None:
