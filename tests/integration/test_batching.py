@@ -18,6 +18,8 @@ from tests.integration.conftest import classifier_on, inference_on
 from tests.integration.models import COLOURS_BATCH, SLOW_BATCH, SLOW_IMAGE, colours_of, slow_of
 from tests.integration.pictures import encoded, noise, probabilities, raw
 
+Code = grpc.StatusCode
+
 # Up to three times what a batch of `colours` holds.
 SIZES = [1, 1, 1, 2, 3, COLOURS_BATCH, 3 * COLOURS_BATCH]
 
@@ -119,8 +121,9 @@ def test_callers_who_cancel_or_run_late_disturb_nobody(slow_models: Path) -> Non
         server.wait_until_in_flight(1)
         late = [request.send(channel, chance.uniform(0, 0.3)) for request in requests[:50]]
         waiting = [(request, request.send(channel)) for request in requests[50:]]
+        # Those that could not be answered in time are told so before it is over.
         for future in late:
-            assert future.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert future.code() in {Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}
         server.wait_until_in_flight(101)
         chance.shuffle(waiting)
         for _, future in waiting[:40]:

@@ -1,6 +1,5 @@
 """Callers who ask for more than there is, and that nobody else suffers from it."""
 
-import asyncio
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,6 @@ import pytest
 from protos import classifier_pb2 as pb
 from protos import inference_pb2 as oip
 from service.bundle import Golden
-from service.front import Call, Front
-from service.metrics import Metrics
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.bad_input import CLASSIFY, INFER, ask
 from tests.integration.conftest import classifier_on, inference_on
@@ -149,39 +146,3 @@ def test_a_stream_is_not_read_on_while_it_holds_many_megabytes(slow_models: Path
             answered = metrics.get(ok, 0)
         assert {answer.id for answer in call} == {message.id for message in messages}
     assert 8 < most <= 16
-
-
-def test_calls_that_are_always_answered_take_nobodys_place() -> None:
-    async def talk() -> None:
-        front = Front(Metrics(), max_request_bytes=1000, max_in_flight=1, max_parts=1000)
-        begun, go_on = asyncio.Semaphore(0), asyncio.Event()
-
-        async def wait(request: oip.ServerLiveRequest, call: Call) -> oip.ServerLiveResponse:
-            begun.release()
-            await go_on.wait()
-            return oip.ServerLiveResponse()
-
-        async def work(request: oip.ServerLiveRequest, call: Call) -> oip.ServerLiveResponse:
-            return oip.ServerLiveResponse()
-
-        kind = oip.ServerLiveRequest
-        calls = {
-            "Probe": front.unary("Probe", kind, wait, always=True),
-            "Work": front.unary("Work", kind, work),
-        }
-        server = grpc.aio.server()
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("some", calls),))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            probe: Any = channel.unary_unary("/some/Probe")
-            some_work: Any = channel.unary_unary("/some/Work")
-            probes = [probe(b"", timeout=TIMEOUT_S) for _ in range(3)]
-            for _ in probes:
-                await begun.acquire()
-            assert await some_work(b"", timeout=TIMEOUT_S) == b""
-            go_on.set()
-            assert [await each for each in probes] == [b""] * 3
-        await server.stop(None)
-
-    asyncio.run(talk())
