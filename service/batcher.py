@@ -513,10 +513,8 @@ class Batcher:
                 end_s = self._batch_s(size + count) + self._run_s(remaining - count)
                 # A larger batch takes longer: no more rows than this one can wait for.
                 fits = max(size + count, min(room, self._times.largest(left_s)))
-                if (
-                    ticket.deadline <= now
-                    or (end_s > left_s and not ticket.on_trial)
-                    or (left_s < full_s and self._costs_more(queue, fits, left_s))
+                if (end_s > left_s and not ticket.on_trial) or (
+                    left_s < full_s and self._costs_more(queue, fits, left_s)
                 ):
                     late.append(self._end_late(ticket))
                     continue

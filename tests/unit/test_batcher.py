@@ -110,14 +110,12 @@ class Heard:
         return values
 
 
-def batch_times(
-    size: int, seconds: Callable[[int], float], max_batch_size: int = MAX
-) -> BatchTimes:
-    """Certain of what each of the sizes up to `size` takes."""
+def batch_times(seconds: Callable[[int], float], max_batch_size: int) -> BatchTimes:
+    """Certain of what a batch of each size takes."""
     times = BatchTimes(max_batch_size)
-    for n in [2**n for n in range(max_batch_size.bit_length()) if 2**n <= size] + [size]:
+    for size in [*(2**n for n in range((max_batch_size - 1).bit_length())), max_batch_size]:
         for _ in range(100):
-            times.record(n, seconds(n))
+            times.record(size, seconds(size))
     return times
 
 
@@ -135,7 +133,7 @@ class Bench:
     ) -> None:
         self.clock, self.heard, self.told = Clock(), Heard(), list[Batch]()
         self.device = Device(self.clock, seconds)
-        self.times = batch_times(max_batch_size if known else 0, seconds, max_batch_size)
+        self.times = batch_times(seconds, max_batch_size) if known else BatchTimes(max_batch_size)
         self.batcher = Batcher(
             self.device,
             (4,),
@@ -488,14 +486,31 @@ def test_the_expected_wait_is_that_for_the_answer() -> None:
 
 def test_the_time_between_batches_counts_too() -> None:
     bench = Bench(linear)
-    bench.device.during = lambda: bench.batcher.waiting or bench.send(*range(1000, 1000 + 4))
-    bench.heard.by = lambda name: lambda ending: None  # type: ignore[method-assign]
-    bench.send(1, 2, 3, 4)
+    waits: list[float] = []
+
+    def more() -> None:
+        waits.append(bench.batcher.wait_s(0))
+        bench.batcher.submit(rows(1, 2, 3, 4), lambda ending: None)
+
+    bench.device.during = more
+    bench.send(0)
     for _ in range(60):
         bench.batcher.run_next()
         bench.clock.now += 2
-    # A batch waits already.
+    # The one that runs.
+    assert waits[-1] == pytest.approx(14 + 2, rel=0.01)
+    # One that waits, and two.
     assert bench.batcher.wait_s(8) == pytest.approx(3 * (14 + 2), rel=0.01)
+
+
+def test_the_time_of_a_batch_includes_putting_it_together() -> None:
+    bench = Bench(known=False)
+    bench.send(1)
+    bench.send(2)
+    bench.clock.script = [0, 5, 0]  # at taking, just before the run, after it
+    bench.run()
+    assert bench.heard.answer(1)[1:3] == (5, 0)
+    assert bench.batcher.wait_s(2) >= 5
 
 
 # Estimates that are wrong.
@@ -520,6 +535,17 @@ def test_an_idle_device_is_tried_again_after_a_hiccup() -> None:
     assert len(answered) == 100
 
 
+def test_an_estimate_that_nothing_confirms_counts_for_less_and_less() -> None:
+    bench = Bench(linear)
+    waits = []
+    for _ in range(3):
+        waits.append(bench.batcher.wait_s(2))
+        bench.clock.now += 1
+    assert waits == pytest.approx([12, 6, 4])
+    bench.send(1, 2)
+    assert bench.batcher.wait_s(0) == pytest.approx(12)
+
+
 def test_what_no_device_could_do_in_time_is_hardly_ever_tried() -> None:
     bench = Bench(lambda size: 0.02)
     for n in range(1000):
@@ -537,7 +563,7 @@ def sizes_below(most: int) -> Sequence[int]:
 
 @pytest.mark.parametrize("most", [1, 2, 3, 32, 48, 4096])
 def test_times_are_linear_between_what_was_measured(most: int) -> None:
-    times = batch_times(most, linear, most)
+    times = batch_times(linear, most)
     for size in [*sizes_below(most), most]:
         assert times.estimate(size) == pytest.approx(linear(size))
         assert times.largest(linear(size) + 0.001) == size
@@ -585,14 +611,14 @@ def test_a_promise_is_kept_by_nearly_all_runs_and_is_not_much_longer_than_they_a
 @pytest.mark.parametrize("factor", [0.1, 0.5, 3, 20])
 @pytest.mark.parametrize("size", [1, 20, 32])
 def test_a_device_that_becomes_slower_or_faster_is_followed(factor: float, size: int) -> None:
-    times = batch_times(32, linear, 32)
+    times = batch_times(linear, 32)
     for _ in range(60):
         times.record(size, factor * linear(size))
     assert 0.95 < times.estimate(size) / (factor * linear(size)) < 1.4
 
 
 def test_one_slow_run_does_not_spoil_the_estimate() -> None:
-    times = batch_times(32, linear, 32)
+    times = batch_times(linear, 32)
     times.record(32, 1e6)
     assert times.estimate(32) < 2.5 * linear(32)
     for _ in range(12):
@@ -696,7 +722,7 @@ DEVICES = {
 def test_goodput_holds_when_more_comes_than_can_be_done(device: str, noise: float) -> None:
     fixed_s, row_s = DEVICES[device]
     capacity = 32 / (fixed_s + 32 * row_s)
-    seconds = 4_000 / capacity
+    seconds = 2_500 / capacity
 
     def goodput(load: float) -> float:
         arrivals = poisson(load * capacity, seconds)
@@ -964,6 +990,12 @@ def test_a_deterministic_batch_takes_as_long_as_a_full_one() -> None:
     bench.send(2, deadline=14.01)
     bench.send(3, deadline=14.01)
     assert bench.run() == [[2, 3, 0, 0]]
+    slower = Device(bench.clock, lambda size: 20.0)
+    bench.batcher._run = slower
+    for n in range(100, 200):
+        bench.send(n)
+        bench.run()
+    assert bench.batcher.wait_s(4) == pytest.approx(20, rel=0.01)
 
 
 def convolution(size: int = 12) -> bytes:
