@@ -4,7 +4,6 @@ Each worker has a pipe to the supervisor. Down it come its orders (what to be, t
 metrics), up it go its answers; its end is the end of the other side. Pixels never travel there.
 """
 
-import itertools
 import logging
 import os
 import signal
@@ -38,8 +37,9 @@ _SETTLED_S, _RETRY_S, _LONGEST_RETRY_S = 30.0, 0.1, 10.0
 
 # What a killed worker counted after the last time it was asked is lost.
 _ASK_S = 1.0
-# How long /metrics waits for workers that are busy.
-_ANSWER_S = 0.5
+# How long /metrics waits for workers that are busy, and how many questions one may leave open: more
+# would fill its pipe, and then who asks would wait for it.
+_ANSWER_S, _OPEN_QUESTIONS = 0.5, 10
 
 # After the time for draining, how long a worker may take to end.
 _END_S = 5.0
@@ -68,24 +68,27 @@ class Orders:
     pins: dict[str, Pin] | None = None
 
 
-# Not `-m`: what is pickled would then be of two modules.
-_MAIN = "from service.workers import main; main()"
+# Not `-m`: what is pickled would then be of two modules. Workers import what this process does, also
+# where the working directory has a folder named as one of ours.
+_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from service.workers import main; main()"
+
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 # The worker's side.
 
 
 def main() -> None:
-    """A worker's process: the file descriptor of its pipe is its one argument."""
+    """A worker's process: its first argument is the file descriptor of its pipe."""
     sys.exit(work(Connection(int(sys.argv[1]))))
 
 
 def work(pipe: Connection) -> int:
     """One worker, until it is told to stop; its exit status."""
-    # Signals are for the supervisor, also where a terminal sends them to all.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    orders: Orders = pipe.recv()
+    try:
+        orders: Orders = pipe.recv()
+    except EOFError:  # the supervisor has ended already
+        return 1
     log_to_stderr(orders.settings, orders.name)
     worker = _Worker(orders, pipe)
     try:
@@ -217,8 +220,10 @@ class _Member:
         self.orders = orders
         self.process: subprocess.Popen[bytes] | None = None
         self.pipe: Connection | None = None
-        self.ready = False
+        self.ready = self.stopped = False
+        # What it has counted, as it said when it answered this question; how many are open.
         self.snapshot: Snapshot = {}
+        self.answered = self.open = 0
         self.started = 0.0
         self.start_at = 0.0
         self.retry_s = _RETRY_S
@@ -236,8 +241,7 @@ class Supervisor:
         self._metrics = Metrics()
         self._members: list[_Member] = []
         self._dead: Snapshot = {}
-        self._asked = itertools.count(1)
-        self._answers: dict[int, set[str]] = {}
+        self._questions, self._ask_at = 0, 0.0
         # Guards what is known of the members, which /metrics asks for on its own threads.
         self._changed = threading.Condition()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -296,17 +300,28 @@ class Supervisor:
 
     def snapshot(self) -> Snapshot:
         """What all counted, the dead too; may be called from any thread."""
-        number, names = next(self._asked), set()
         with self._changed:
-            answers: set[str] = set()
-            self._answers[number] = answers
-            for member in self._members:
-                if member.pipe and member.started and _send(member.pipe, "snapshot", number):
-                    names.add(member.orders.name)
-            self._changed.wait_for(lambda: answers >= names, _ANSWER_S)
-            del self._answers[number]
-            known = [member.snapshot for member in self._members if member.process]
+            number, asked = self._ask()
+            self._changed.wait_for(
+                lambda: all(member.answered >= number for member in asked if member.pipe),
+                _ANSWER_S,
+            )
+            known = [member.snapshot for member in self._members]
             return merge([*known, self._metrics.snapshot()], [self._dead])
+
+    def _ask(self) -> tuple[int, list[_Member]]:
+        """Asks for the metrics: the number of the question, and who got it. The lock is held."""
+        self._questions += 1
+        asked = []
+        for member in self._members:
+            if (
+                member.pipe
+                and member.open < _OPEN_QUESTIONS
+                and _send(member.pipe, "snapshot", self._questions)
+            ):
+                member.open += 1
+                asked.append(member)
+        return self._questions, asked
 
     def _mind(self, on_ready: Callable[[str, int], None]) -> None:
         """Waits for something to happen, and sees to it."""
@@ -314,7 +329,11 @@ class Supervisor:
         if self._delay_s is not None and self._stopping is None:
             self._begin_stop(now)
         self._start_due(now)
-        if self._stopping is not None and now >= self._stopping:
+        if now >= self._ask_at:
+            self._ask_at = now + _ASK_S
+            with self._changed:
+                self._ask()
+        if self._stopping is not None and now >= self._stopping and not self._killed:
             log.warning("workers that had not ended in time were killed")
             self.kill()
         pipes = {member.pipe: member for member in self._members if member.pipe}
@@ -328,21 +347,24 @@ class Supervisor:
             on_ready(serving(self._pins() or {}), self._port)
 
     def _nap(self, now: float) -> float:
-        due = [member.start_at - now for member in self._members if not member.process]
-        if self._stopping is not None:
-            due = [self._stopping - now]
-        return max(0.0, min([_ASK_S, *due]))
+        due = [self._ask_at, *(member.start_at for member in self._missing())]
+        return max(0.0, min(due) - now)
+
+    def _missing(self) -> list[_Member]:
+        """Whose processes are to be started, now or later."""
+        if self._delay_s is not None:
+            return []
+        # Acceptors serve what the engines have found to work.
+        return [
+            member
+            for member in self._members
+            if not member.process and (not member.orders.engines or self._pins() is not None)
+        ]
 
     def _start_due(self, now: float) -> None:
-        if self._stopping is not None or self._failed:
-            return
-        decided = self._pins()
-        for member in self._members:
-            # Acceptors serve what the engines have found to work.
-            waits = not member.engine and member.orders.engines and decided is None
-            if member.process is None and member.start_at <= now and not waits:
-                if decided is not None:
-                    member.orders = replace(member.orders, pins=decided)
+        for member in self._missing():
+            if member.start_at <= now:
+                member.orders = replace(member.orders, pins=self._pins())
                 self._start(member, now)
 
     def _pins(self) -> dict[str, Pin] | None:
@@ -354,13 +376,17 @@ class Supervisor:
     def _start(self, member: _Member, now: float) -> None:
         ours, theirs = socket.socketpair()
         passed = [theirs.fileno(), *([member.orders.listener] if member.engine else [])]
+        # Signals are for this process, also where a terminal sends them to all: a worker is born with
+        # them blocked, and stays so.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, str(theirs.fileno())], pass_fds=passed
+                [sys.executable, "-c", _MAIN, str(theirs.fileno()), *sys.path], pass_fds=passed
             )
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with self._changed:
             member.process, member.pipe = process, Connection(ours.detach())
-            member.started, member.ready = now, False
+            member.started, member.answered, member.open = now, self._questions, 0
             member.pipe.send(member.orders)
         self._metrics.process_started(member.orders.name)
 
@@ -373,9 +399,8 @@ class Supervisor:
             return
         with self._changed:
             if kind == "snapshot":
-                number, member.snapshot = value
-                if number in self._answers:
-                    self._answers[number].add(member.orders.name)
+                member.answered, member.snapshot = value
+                member.open -= 1
                 self._changed.notify_all()
                 return
             member.ready = value is not None
@@ -406,7 +431,7 @@ class Supervisor:
             member.process = member.pipe = None
             member.snapshot, was_ready, member.ready = {}, member.ready, False
             self._changed.notify_all()
-        if self._stopping is not None or self._failed:
+        if self._delay_s is not None:
             if status and not self._killed:
                 log.warning("%s ended with status %d", name, status)
             return
@@ -443,11 +468,8 @@ class Supervisor:
         alive = [member for member in self._members if member.process]
         if all(member.engine for member in alive):
             for member in alive:
-                if member.pipe and member.ready:
-                    member.ready = False
-                    _send(member.pipe, "stop", 0.0)
-                elif member.process and not member.ready and not member.snapshot:
-                    member.process.kill()  # it has not come as far as listening
+                if member.pipe and not member.stopped:
+                    member.stopped = _send(member.pipe, "stop", 0.0)
         return not alive
 
 
