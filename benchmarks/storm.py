@@ -563,12 +563,13 @@ class Server:
         self._ready.set()
 
     def kill(self, role: str) -> bool:
-        """Kills a process with this role, unless one of its kind is down already."""
-        names = [name for name in self.up if name.startswith(role)]
-        if not names:
-            return False
-        os.kill(self.up.pop(min(names)), signal.SIGKILL)
-        return True
+        """Kills the one with this role that has been up longest, if there is one."""
+        for name, pid in self.up.items():
+            if name.startswith(role):
+                del self.up[name]
+                os.kill(pid, signal.SIGKILL)
+                return True
+        return False
 
     def counted(self) -> dict[str, float]:
         with urllib.request.urlopen(self.metrics, timeout=10) as response:

@@ -85,9 +85,10 @@ def main() -> None:
 
 def work(pipe: Connection) -> int:
     """One worker, until it is told to stop; its exit status."""
+    orders: Orders
     try:
-        orders: Orders = pipe.recv()
-    except EOFError:  # the supervisor has ended already
+        _, orders = pipe.recv()
+    except (EOFError, OSError):  # the supervisor has ended already
         return 1
     log_to_stderr(orders.settings, orders.name)
     worker = _Worker(orders, pipe)
@@ -221,9 +222,11 @@ class _Member:
         self.process: subprocess.Popen[bytes] | None = None
         self.pipe: Connection | None = None
         self.ready = self.stopped = False
-        # What it has counted, as it said when it answered this question; how many are open.
+        # What it has counted, as it said when it answered this question; how many are open; and what
+        # those counted who were here before.
         self.snapshot: Snapshot = {}
         self.answered = self.open = 0
+        self.past: Snapshot = {}
         self.started = 0.0
         self.start_at = 0.0
         self.retry_s = _RETRY_S
@@ -240,7 +243,6 @@ class Supervisor:
         self._settings = settings
         self._metrics = Metrics()
         self._members: list[_Member] = []
-        self._dead: Snapshot = {}
         self._questions, self._ask_at = 0, 0.0
         # Guards what is known of the members, which /metrics asks for on its own threads.
         self._changed = threading.Condition()
@@ -306,8 +308,9 @@ class Supervisor:
                 lambda: all(member.answered >= number for member in asked if member.pipe),
                 _ANSWER_S,
             )
-            known = [member.snapshot for member in self._members]
-            return merge([*known, self._metrics.snapshot()], [self._dead])
+            # In the same order before and after a death: else sums, rounded, would go backwards.
+            known = [merge([member.snapshot], [member.past]) for member in self._members]
+        return merge([*known, self._metrics.snapshot()])
 
     def _ask(self) -> tuple[int, list[_Member]]:
         """Asks for the metrics: the number of the question, and who got it. The lock is held."""
@@ -374,20 +377,19 @@ class Supervisor:
         return None
 
     def _start(self, member: _Member, now: float) -> None:
-        ours, theirs = socket.socketpair()
-        passed = [theirs.fileno(), *([member.orders.listener] if member.engine else [])]
-        # Signals are for this process, also where a terminal sends them to all: a worker is born with
-        # them blocked, and stays so.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, str(theirs.fileno()), *sys.path], pass_fds=passed
-            )
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        member.started = now
+        try:
+            process, pipe = _spawn(member.orders)
+        except OSError as error:
+            if not self._was_ready:
+                raise
+            # Processes, files or memory may be there again by and by.
+            self._put_off(member, now, f"can't be started ({error})")
+            return
         with self._changed:
-            member.process, member.pipe = process, Connection(ours.detach())
-            member.started, member.answered, member.open = now, self._questions, 0
-            member.pipe.send(member.orders)
+            member.process, member.pipe = process, pipe
+            member.answered, member.open = self._questions, 0
+            _send(member.pipe, "orders", member.orders)  # where it has died, its pipe says so
         self._metrics.process_started(member.orders.name)
 
     def _hear(self, member: _Member) -> None:
@@ -426,8 +428,7 @@ class Supervisor:
         now, name = time.monotonic(), member.orders.name
         with self._changed:
             member.pipe.close()
-            # Its numbers stay in the sum.
-            self._dead = merge([], [self._dead, member.snapshot])
+            member.past = merge([], [member.past, member.snapshot])
             member.process = member.pipe = None
             member.snapshot, was_ready, member.ready = {}, member.ready, False
             self._changed.notify_all()
@@ -440,17 +441,17 @@ class Supervisor:
             self._failed = True
             self.stop(0.0)
             return
-        lived_s = now - member.started
-        member.retry_s = (
-            _RETRY_S if lived_s > _SETTLED_S else min(2 * member.retry_s, _LONGEST_RETRY_S)
-        )
-        member.start_at = now + (0.0 if lived_s > _SETTLED_S else member.retry_s)
-        log.error(
-            "%s died (status %d): the next one starts in %.1f s",
-            name,
-            status,
-            member.start_at - now,
-        )
+        self._put_off(member, now, f"died (status {status})")
+
+    def _put_off(self, member: _Member, now: float, reason: str) -> None:
+        """The next one is started at once where the last had settled, else after a while."""
+        delay_s = 0.0
+        if member.started < now - _SETTLED_S:
+            member.retry_s = _RETRY_S
+        else:
+            delay_s = member.retry_s = min(2 * member.retry_s, _LONGEST_RETRY_S)
+        member.start_at = now + delay_s
+        log.error("%s %s: the next one starts in %.1f s", member.orders.name, reason, delay_s)
 
     def _begin_stop(self, now: float) -> None:
         assert self._delay_s is not None
@@ -471,6 +472,24 @@ class Supervisor:
                 if member.pipe and not member.stopped:
                     member.stopped = _send(member.pipe, "stop", 0.0)
         return not alive
+
+
+def _spawn(orders: Orders) -> tuple[subprocess.Popen[bytes], Connection]:
+    """A worker's process that waits for its orders, and the pipe to it. Raises OSError."""
+    passed = [orders.listener] if orders.listener >= 0 else []
+    # Signals are for this process, also where a terminal sends them to all: a worker is born with
+    # them blocked, and stays so.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _MAIN, str(theirs.fileno()), *sys.path],
+                pass_fds=[theirs.fileno(), *passed],
+            )
+            return process, Connection(ours.detach())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _send(pipe: Connection, kind: str, value: Any) -> bool:

@@ -5,6 +5,7 @@ import functools
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -518,12 +519,18 @@ def test_the_death_of_an_engine_or_an_acceptor_costs_nobody_but_those_it_served(
                 traffic.wait_for_more()
                 replaced()
             traffic.wait_for_more(200)
+        server.wait_until_in_flight(0)
+        before = server.metrics()
+        kill(server, "acceptor-1")
+        after = server.metrics()
+        for name, value in before.items():
+            if name.startswith("convoy_") and "in_flight" not in name:
+                assert after[name] == value, f"{name}: the death of one who idled has changed it"
         assert set(traffic.codes) <= {grpc.StatusCode.OK, UNAVAILABLE}
         # Each of four callers had one call at a time, and there were four deaths.
         assert traffic.codes[UNAVAILABLE] <= 16
-        metrics = server.metrics()
         for name in ("engine-0", "engine-1", "acceptor-0", "acceptor-1"):
-            assert metrics[f'convoy_process_starts_total{{process="{name}"}}'] == 2
+            assert before[f'convoy_process_starts_total{{process="{name}"}}'] == 2
     assert "Traceback" not in server.log
 
 
@@ -619,6 +626,18 @@ def test_the_death_of_the_supervisor_ends_all_and_frees_the_port(models: Path) -
         again.ready().channel() as channel,
     ):
         assert classifier_on(channel).Classify(RED).results[0].HasField("classification")
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(mortal: tuple[Server, Path]) -> None:
+    server, _ = mortal
+    soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (8, hard))
+    replaced = kill(server, "acceptor-0")
+    server.wait_for(
+        r"acceptor-0 can't be started \(.*Too many open files\): the next one starts in"
+    )
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    replaced()
 
 
 def test_a_version_published_meanwhile_does_not_confuse_those_who_start_anew(
