@@ -24,7 +24,8 @@ colours (float[N, 4, 4, 3] image) => (float[N, 3] scores) {
 }
 """
 
-# Where the largest pixel is 1, it multiplies matrices for a while: half a second on two cores.
+# Where the largest pixel is 1, it multiplies matrices for a while: 1200 rounds are half a second on
+# two cores.
 _SLOW = """
 <ir_version: 10, opset_import: ["" : 18]>
 slow (uint8[N, 2, 2, 1] image) => (float[N, 4] scores) {
@@ -33,7 +34,7 @@ slow (uint8[N, 2, 2, 1] image) => (float[N, 4] scores) {
   one = Constant <value_float = 1.0> ()
   is_one = Equal (largest, one)
   asked = Cast <to = 7> (is_one)
-  many = Constant <value_int = 1200> ()
+  many = Constant <value_int = ROUNDS> ()
   rounds = Mul (asked, many)
   yes = Constant <value = bool {1}> ()
   shape = Constant <value_ints = [256, 256]> ()
@@ -50,6 +51,37 @@ slow (uint8[N, 2, 2, 1] image) => (float[N, 4] scores) {
   scores = Add (flat, nothing)
 }
 """
+# The same for every image, and much shorter.
+_STEADY = _SLOW.replace("asked = Cast <to = 7> (is_one)", "asked = Constant <value_int = 1> ()")
+
+# Answers as `slow`, but where the largest pixel is 13 with NaN, and where it is 17 not at all.
+_POISON = """
+<ir_version: 10, opset_import: ["" : 18]>
+poison (uint8[N, 2, 2, 1] image) => (float[N, 4] scores) {
+  values = Cast <to = 1> (image)
+  axes = Constant <value_ints = [1, 2, 3]> ()
+  largest = ReduceMax <keepdims = 0> (values, axes)
+  thirteen = Constant <value_float = 13.0> ()
+  is_thirteen = Equal (largest, thirteen)
+  bad = Cast <to = 1> (is_thirteen)
+  below = Neg (bad)
+  root = Sqrt (below)
+  last = Constant <value_ints = [1]> ()
+  column = Unsqueeze (root, last)
+  seventeen = Constant <value_float = 17.0> ()
+  is_seventeen = Equal (largest, seventeen)
+  beyond = Cast <to = 7> (is_seventeen)
+  table = Constant <value_floats = [0.0]> ()
+  zeros = Gather (table, beyond)
+  more = Unsqueeze (zeros, last)
+  flat = Flatten <axis = 1> (values)
+  some = Add (flat, column)
+  scores = Add (some, more)
+}
+"""
+NAN_IMAGE = np.array([[[13], [0]], [[1], [0]]], np.uint8)
+RAISING_IMAGE = np.array([[[17], [0]], [[1], [0]]], np.uint8)
+
 FAST_IMAGE = np.array([[[2], [0]], [[0], [0]]], np.uint8)
 SLOW_BATCH = 4
 SLOW_IMAGE = np.array([[[1], [0]], [[0], [0]]], np.uint8)
@@ -73,16 +105,30 @@ def colours_of(pixels: Pixels) -> Probabilities:
     return np.asarray(scores / scores.sum(axis=1, keepdims=True), np.float32)
 
 
-def add_slow(models: Path, name: str = "slow") -> Bundle:
+def add_slow(models: Path, name: str = "slow", rounds: int = 1200) -> Bundle:
     """Publishes a model that answers to FAST_IMAGE at once, and to SLOW_IMAGE after half a second;
     `slow_of` says what.
     """
     settings = AddSettings(models=models, softmax=True, max_batch_size=SLOW_BATCH)
-    return add(name, _onnx(models / "slow.onnx", _SLOW), settings)
+    text = _SLOW.replace("ROUNDS", str(rounds))
+    return add(name, _onnx(models / "slow.onnx", text), settings)
+
+
+def add_steady(models: Path, rounds: int, name: str = "steady") -> Bundle:
+    """Publishes a model that answers as `slow`, and for each batch multiplies so many matrices."""
+    settings = AddSettings(models=models, softmax=True, max_batch_size=SLOW_BATCH)
+    text = _STEADY.replace("ROUNDS", str(rounds))
+    return add(name, _onnx(models / "steady.onnx", text), settings)
+
+
+def add_poison(models: Path, name: str = "poison") -> Bundle:
+    """Publishes a model that answers as `slow`, but fails on NAN_IMAGE and on RAISING_IMAGE."""
+    settings = AddSettings(models=models, softmax=True, max_batch_size=SLOW_BATCH)
+    return add(name, _onnx(models / "poison.onnx", _POISON), settings)
 
 
 def slow_of(pixels: Pixels) -> Probabilities:
-    """What `slow` must answer to uint8 `[N, 2, 2, 1]`."""
+    """What `slow`, `steady` and `poison` must answer to uint8 `[N, 2, 2, 1]`."""
     scores = np.exp(pixels.reshape(len(pixels), -1).astype(np.float64))
     return np.asarray(scores / scores.sum(axis=1, keepdims=True), np.float32)
 

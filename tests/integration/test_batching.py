@@ -15,7 +15,16 @@ from service.model import Model
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration import test_inference_protocol as oip
 from tests.integration.conftest import classifier_on, inference_on
-from tests.integration.models import COLOURS_BATCH, SLOW_BATCH, SLOW_IMAGE, colours_of, slow_of
+from tests.integration.models import (
+    COLOURS_BATCH,
+    NAN_IMAGE,
+    RAISING_IMAGE,
+    SLOW_BATCH,
+    SLOW_IMAGE,
+    add_poison,
+    colours_of,
+    slow_of,
+)
 from tests.integration.pictures import encoded, noise, probabilities, raw
 
 Code = grpc.StatusCode
@@ -142,3 +151,78 @@ def test_callers_who_cancel_or_run_late_disturb_nobody(slow_models: Path) -> Non
         assert metrics['convoy_images_total{model="slow",outcome="ok"}'] == rows
     assert "Traceback" not in server.log
     assert "ERROR" not in server.log
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves `poison`."""
+    folder = tmp_path_factory.mktemp("poison")
+    add_poison(folder)
+    with Server(models=folder) as server:
+        yield server.ready()
+    assert "bug" not in server.log
+
+
+POISON = [NAN_IMAGE, RAISING_IMAGE]
+
+
+def good_images(seed: int, count: int) -> Pixels:
+    """Images that `poison` answers."""
+    return noise(seed, count, (2, 2, 1)) // 32 + 2
+
+
+def test_images_that_the_model_fails_on_fail_alone(poisoned: Server) -> None:
+    good = good_images(0, 9)
+    images = [*good[:3], POISON[0], *good[3:6], POISON[1], *good[6:]]
+    request = pb.ClassifyRequest(images=map(raw, images), top_k=4)
+    with poisoned.channel() as channel:
+        results = list(classifier_on(channel).Classify(request, timeout=TIMEOUT_S).results)
+    for bad in (results.pop(7), results.pop(3)):
+        assert bad.error.code == Code.INTERNAL.value[0]
+        assert "failed on this image" in bad.error.message
+    received = np.array([probabilities(result) for result in results])
+    np.testing.assert_allclose(received, slow_of(good), atol=1e-6)
+
+
+def test_requests_that_the_model_fails_on_leave_their_neighbours_alone(poisoned: Server) -> None:
+    before = poisoned.metrics()
+    good = good_images(1, 200)
+    with poisoned.channel() as channel:
+        infer = inference_on(channel).ModelInfer
+        calls = []
+        for number, image in enumerate(good):
+            pixels = np.stack([image, POISON[number // 10 % 2]] if number % 10 == 0 else [image])
+            request = oip.infer_request("poison", "image")
+            oip.raw_pixels(request, pixels)
+            calls.append(infer.future(request, timeout=TIMEOUT_S))
+        for number, call in enumerate(calls):
+            if number % 10 == 0:
+                assert call.code() is Code.INTERNAL
+                assert call.details() == "the model failed on image 1"
+            else:
+                expected = slow_of(good[number : number + 1])
+                np.testing.assert_allclose(oip.outputs_of(call.result()), expected, atol=1e-6)
+    after = poisoned.metrics()
+    failed = 'convoy_images_total{model="poison",outcome="failed"}'
+    assert after[failed] - before.get(failed, 0) == 20
+    assert "failed on a batch of" in poisoned.log, "no bad image met others"
+
+
+def test_deterministic_answers_are_the_same_bits_alone_and_under_load(models: Path) -> None:
+    pixels = noise(10, 300, (8, 8, 1))
+    with (
+        Server("--deterministic", models=models) as server,
+        server.ready().channel() as channel,
+    ):
+        infer, requests = inference_on(channel).ModelInfer, []
+        for image in pixels:
+            request = oip.infer_request("digits", "pixels")
+            oip.raw_pixels(request, image[np.newaxis])
+            requests.append(request)
+        alone = [infer(request).raw_output_contents[0] for request in requests[:20]]
+        calls = [infer.future(request) for request in requests * 2]
+        among = [call.result().raw_output_contents[0] for call in calls]
+        largest = server.metrics()['convoy_batch_size_sum{model="digits"}']
+        runs = server.metrics()['convoy_batch_size_count{model="digits"}']
+    assert among[:20] == among[300:320] == alone
+    assert runs < largest, "each ran alone"

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics_families,
@@ -17,7 +18,9 @@ from protos import classifier_pb2 as pb
 from protos import inference_pb2 as oip
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
-from tests.integration.pictures import raw, solid
+from tests.integration.models import COLOURS_BATCH
+from tests.integration.pictures import encoded, raw, solid
+from tests.integration.test_inference_protocol import infer_request, raw_bytes
 
 IMAGES = [raw(solid("red")), pb.Image(encoded=b"no image"), raw(solid("blue"))]
 
@@ -148,3 +151,29 @@ def test_an_unknown_path_says_which_there_are(counted: Server) -> None:
     status, text = counted.http("/metric")
     assert status == 404
     assert "/metrics" in text
+
+
+def test_receipts_of_both_services_add_up_to_the_histograms(models: Path) -> None:
+    names, receipts = ("decode", "queue", "run"), []
+    with Server(models=models) as server, server.ready().channel() as channel:
+        classify, infer = classifier_on(channel).Classify, inference_on(channel).ModelInfer
+        asked = pb.ClassifyRequest(model="colours", images=[encoded(solid("red"))] * 3)
+        wanted = infer_request("colours", "image")
+        wanted.parameters["timings"].bool_param = True
+        raw_bytes(wanted, np.stack([solid("red")] * 20))
+        calls = [(classify.future(asked), infer.future(wanted)) for _ in range(20)]
+        for classified, inferred in calls:
+            timings = classified.result().timings
+            receipts.append([timings.decode_s, timings.queue_s, timings.run_s])
+            assert sum(receipts[-1]) <= timings.total_s
+            assert 3 <= timings.batch_size <= COLOURS_BATCH
+            told = inferred.result().parameters
+            receipts.append([told[f"{name}_s"].double_param for name in names])
+            assert told["batch_size"].int64_param == COLOURS_BATCH
+        metrics = server.metrics()
+        del wanted.parameters["timings"]
+        assert not infer(wanted).parameters, "nobody asked"
+    for number, name in enumerate(names):
+        total = metrics[f'convoy_stage_seconds_sum{{model="colours",stage="{name}"}}']
+        assert sum(receipt[number] for receipt in receipts) == pytest.approx(total)
+        assert metrics[f'convoy_stage_seconds_count{{model="colours",stage="{name}"}}'] == 40

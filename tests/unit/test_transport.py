@@ -744,7 +744,7 @@ def test_thousands_of_calls_leave_no_memory_and_no_descriptors_behind(server: Se
         return len(list(Path("/proc/self/fd").iterdir())), pages * resource.getpagesize()
 
     # The public server's threads take some each, and it is slow.
-    warm_up, turns = (2, 10) if isinstance(server.loop, CoreServer) else (2, 3)
+    warm_up, turns = (2, 8) if isinstance(server.loop, CoreServer) else (1, 2)
     for _ in range(warm_up):
         thousand_calls()
     descriptors, memory = used()
