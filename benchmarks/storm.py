@@ -56,6 +56,9 @@ NAN, RAISE, LARGEST = 254, 255, 249
 # A call that has not ended after so long is lost: no request takes nearly as much.
 LOST_S = 60.0
 
+# Who hears UNAVAILABLE waits so long before he asks again.
+BACK_OFF_S = 0.05
+
 # Of each client process: calls in flight, and streams beside them.
 WINDOW, STREAMS, STREAM_WINDOW, CHANNELS = 64, 2, 32, 4
 
@@ -371,14 +374,15 @@ class Client:
         storm, ended = self._storm, queue.SimpleQueue[_Call]()
         calls: dict[_Call, None] = {}
         cancels: list[tuple[float, int, _Call]] = []
-        numbers, more = itertools.count(), True
+        numbers, more, again_at = itertools.count(), True, 0.0
         methods = {
             (n, api): channel.unary_unary(api)
             for n, channel in enumerate(self._channels)
             for api in (CLASSIFY, INFER)
         }
         while more or calls:
-            while len(calls) < WINDOW and (more := more and self.next_one()):
+            idle = time.monotonic() < again_at
+            while not idle and len(calls) < WINDOW and (more := more and self.next_one()):
                 api = INFER if storm.chance(0.5) else CLASSIFY
                 request, number = storm.request(api), next(numbers)
                 method = methods[number % CHANNELS, api]
@@ -389,7 +393,7 @@ class Client:
                 if request.cancel_after_s is not None:
                     heapq.heappush(cancels, (call.sent + request.cancel_after_s, number, call))
                 call.future.add_done_callback(lambda _, call=call: ended.put(call))  # type: ignore[misc]
-            until = time.monotonic() + 1.0
+            until = again_at if idle else time.monotonic() + 1.0
             if cancels:
                 until = min(until, cancels[0][0])
             try:
@@ -397,7 +401,8 @@ class Client:
                     call = ended.get(timeout=max(0.0, until - time.monotonic()))
                     if call in calls:
                         del calls[call]
-                        self._settle(call)
+                        if self._settle(call) == "unavailable":
+                            again_at = time.monotonic() + BACK_OFF_S
                     if ended.empty():
                         break
             except queue.Empty:
@@ -412,7 +417,7 @@ class Client:
                 del calls[call]
                 self.count(_NAMES[call.request.api], call.request, Verdict("lost"))
 
-    def _settle(self, call: "_Call") -> None:
+    def _settle(self, call: "_Call") -> str:
         request, code = call.request, call.future.code().value[0]
         answer: Any = None
         if not code:
@@ -423,6 +428,7 @@ class Client:
             request, code, call.future.details() or "", answer, call.cancelled
         )
         self.count(_NAMES[request.api], request, verdict)
+        return verdict.outcome
 
 
 _NAMES = {CLASSIFY: "Classify", INFER: "ModelInfer"}
@@ -489,11 +495,13 @@ class _Stream:
                     messages.put(None)
                 answer = next(call)
                 self._moved = time.monotonic()
-                self._take(owed, answer)
+                self._take(owed, answer, timeout_s is not None)
         except StopIteration:
             words = "the stream ended without an answer"
         except grpc.RpcError:
             code, words = call.code().value[0], call.details() or ""
+            if call.code() is Code.UNAVAILABLE:
+                time.sleep(BACK_OFF_S)
         finally:
             messages.put(None)
         for asked in owed.values():
@@ -506,14 +514,16 @@ class _Stream:
                 client.count("ClassifyStream", request, Verdict("lost"))
         return more
 
-    def _take(self, owed: dict[str, Request], answer: pb.ClassifyStreamResponse) -> None:
+    def _take(
+        self, owed: dict[str, Request], answer: pb.ClassifyStreamResponse, limited: bool
+    ) -> None:
         request = owed.pop(answer.id, None)
         if request is None:
             raise SystemExit(f"an answer to {answer.id!r}, which nobody asked, or a second one")
         error = answer.error if answer.HasField("error") else None
         code, words = (error.code, error.message) if error else (0, "")
         verdict = self._storm.judge(
-            request._replace(limited=False), code, words, answer.response, False
+            request._replace(limited=limited), code, words, answer.response, False
         )
         self._client.count("ClassifyStream", request, verdict)
 
@@ -535,11 +545,13 @@ def client(pipe: Connection, target: str, requests: int, seed: int, kills: bool)
 class Server:
     """`convoy serve` as a person starts it, its log, and who of its processes is up."""
 
-    def __init__(self, models: Path, log: Path, arguments: list[str]) -> None:
+    def __init__(self, models: Path, log: Path, acceptors: int, engines: int) -> None:
         self.log = log
+        self._count = {"acceptor": acceptors, "engine": engines}
         command = [sys.executable, "-m", "convoy", "serve", "--models", str(models)]
         command += ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
-        command += ["--shutdown-delay-s", "0", "--max-in-flight", "200", *arguments]
+        command += ["--shutdown-delay-s", "0", "--max-in-flight", "200"]
+        command += ["--acceptors", str(acceptors), "--engines", str(engines)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.up: dict[str, int] = {}
         self.target = self.metrics = ""
@@ -563,13 +575,14 @@ class Server:
         self._ready.set()
 
     def kill(self, role: str) -> bool:
-        """Kills the one with this role that has been up longest, if there is one."""
-        for name, pid in self.up.items():
-            if name.startswith(role):
-                del self.up[name]
-                os.kill(pid, signal.SIGKILL)
-                return True
-        return False
+        """Kills the one with this role that has been up longest, where all of that role are up: the
+        others go on.
+        """
+        up = [name for name in self.up if name.startswith(role)]
+        if len(up) < self._count[role]:
+            return False
+        os.kill(self.up.pop(up[0]), signal.SIGKILL)
+        return True
 
     def counted(self) -> dict[str, float]:
         with urllib.request.urlopen(self.metrics, timeout=10) as response:
@@ -608,11 +621,8 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
     several = arguments.acceptors > 1 or arguments.engines > 0
     roles = itertools.cycle(["acceptor", "engine"] if arguments.engines else ["acceptor"])
     kills = several and arguments.kill_every_s > 0
-    server = Server(
-        folder / "models",
-        arguments.log or folder / "server.log",
-        ["--acceptors", str(arguments.acceptors), "--engines", str(arguments.engines)],
-    )
+    log = arguments.log or folder / "server.log"
+    server = Server(folder / "models", log, arguments.acceptors, arguments.engines)
     spawn, began = multiprocessing.get_context("spawn"), time.monotonic()
     processes, pipes = [], {}
     for n in range(arguments.processes):

@@ -446,7 +446,7 @@ def test_priorities_go_first(serving: Start) -> None:
     assert order.index("urgent") <= 1
 
 
-def test_deterministic_answers_do_not_depend_on_the_company(tmp_path: Path, models: Path) -> None:
+def test_deterministic_answers_do_not_depend_on_the_company(tmp_path: Path) -> None:
     add_crowd(tmp_path, add_slow(tmp_path))
     black = np.zeros((1, 2, 2, 1), np.uint8)
     alone, company = infer_request("crowd", "image"), infer_request("crowd", "image")
@@ -524,8 +524,11 @@ def test_the_death_of_an_engine_or_an_acceptor_costs_nobody_but_those_it_served(
         kill(server, "acceptor-1")
         after = server.metrics()
         for name, value in before.items():
-            if name.startswith("convoy_") and "in_flight" not in name:
-                assert after[name] == value, f"{name}: the death of one who idled has changed it"
+            # To the last bit: a sum that is rounded otherwise may go backwards.
+            if name.startswith(
+                ("convoy_stage", "convoy_batch", "convoy_images", "convoy_requests")
+            ):
+                assert after[name] == value, name
         assert set(traffic.codes) <= {grpc.StatusCode.OK, UNAVAILABLE}
         # Each of four callers had one call at a time, and there were four deaths.
         assert traffic.codes[UNAVAILABLE] <= 16
@@ -568,7 +571,7 @@ def test_without_an_engine_nothing_is_ready_until_the_next_one_is(
         died = r"died \(status 1\): the next one starts in ([\d.]+) s\n"
         first = float(server.wait_for(died)[1])
         before = cpu_ticks(server.pid)
-        second = float(server.wait_for(rf"{died}[\s\S]*{died}")[2])
+        second = float(server.wait_for(rf"{died}[\s\S]*?{died}")[2])
         assert second == 2 * first
         assert cpu_ticks(server.pid) - before < 0.2 * os.sysconf("SC_CLK_TCK")
         (tmp_path / "elsewhere").rename(folder)
@@ -714,6 +717,8 @@ def test_ctrl_c_while_workers_start_ends_them_quietly(tmp_path: Path) -> None:
     with Server(*TWO_ALONE, models=models, cwd=folder) as server:
         wait_until(lambda: len(children(server.pid)) == 2)
         for pid in children(server.pid):
+            # It imports what it needs.
+            wait_until(lambda pid=pid: cpu_ticks(pid) >= 0.1 * os.sysconf("SC_CLK_TCK"))  # type: ignore[misc]
             os.kill(pid, signal.SIGINT)
         server.send(signal.SIGINT)
         assert server.wait() == 0
