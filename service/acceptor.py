@@ -28,7 +28,8 @@ _SHORT_S = 0.05
 
 def is_short(served: Served) -> bool:
     """Whether its batches may run on a thread that others wait for."""
-    return served.batcher.wait_s(served.manifest.max_batch_size) < _SHORT_S
+    batcher = served.batcher
+    return isinstance(batcher, Batcher) and batcher.full_batch_s < _SHORT_S
 
 
 class Acceptor:

@@ -293,6 +293,11 @@ class Batcher:
         return not self._closed
 
     @property
+    def full_batch_s(self) -> float:
+        """Seconds in which a full batch is done, by what was measured."""
+        return self._times.estimate(self._max)
+
+    @property
     def waiting(self) -> bool:
         """Whether there is something to run."""
         return self._rows > 0

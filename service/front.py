@@ -43,6 +43,9 @@ _RETRY_S = (0.1, 0.01, 5.0)
 _STREAM_WINDOW = 256
 _STREAM_WINDOW_BYTES = 16_000_000
 
+# How long the message of a call may keep room from others that they need.
+_UNREAD_S = 10.0
+
 # Only larger bodies are looked at before they are parsed; these are parsed in a millisecond.
 _SMALL_BYTES = 1_000_000
 # From here on, looking for the tensor in a body costs less than copying it.
@@ -135,6 +138,8 @@ class Front:
         self._check = check
         self._routes: dict[str, tuple[bool, Callable[[Exchange], object]]] = {}
         self._in_flight = self._held = self._calls = 0
+        # Calls whose message has not come, oldest first.
+        self.unread: dict[_Unary, None] = {}
         self._streams: set[_Stream] = set()
         self._watches: set[_Watch] = set()
         self.draining = False
@@ -223,9 +228,6 @@ class Front:
                 self.metrics.finished(exchange.method.rpartition("/")[2], "", code.name, 0.0)
                 exchange.refuse(code.value[0], str(error), _trailers(error))
                 return
-        elif self.draining:
-            exchange.refuse(Code.UNAVAILABLE.value[0], _DRAINING)
-            return
         self._calls += 1
         exchange.accept()
         begin(exchange)
@@ -235,6 +237,7 @@ class Front:
         if self.draining:
             return errors.NotReady(_DRAINING)
         if self._in_flight >= self._max_in_flight:
+            self._end_unread()
             return errors.Overloaded(
                 f"{self._max_in_flight} requests are in flight here: back off, then retry"
             )
@@ -248,6 +251,15 @@ class Front:
             # With it the callers' frames would keep the error, and it them.
             return error.with_traceback(None)
         return None
+
+    def _end_unread(self) -> None:
+        """Calls that take up room and do not say what for must not keep others out."""
+        ended_by = time.monotonic() - _UNREAD_S
+        while self.unread:
+            oldest = next(iter(self.unread))
+            if oldest.arrived > ended_by:
+                return
+            oldest.give_up()
 
     def started(self, call: Call, size: int) -> None:
         self._in_flight += 1
@@ -322,6 +334,7 @@ class _Unary:
         front = route.front
         if not route.always:
             front.started(call, 0)
+            front.unread[self] = None
         exchange.on_gone = self._gone
         exchange.on_closed = front.closed
         exchange.read(self._received)
@@ -329,7 +342,11 @@ class _Unary:
     def _received(self, data: bytes | None) -> None:
         route, call = self._route, self._call
         front = route.front
+        front.unread.pop(self, None)
         if self._ended:
+            return
+        if self._exchange.gone:
+            self._end(errors.Cancelled("the caller hung up"))
             return
         if data is None:
             self._end(errors.InvalidRequest("the call has no message"))
@@ -344,6 +361,15 @@ class _Unary:
         del data
         self._task = front.task(route.handler(request, call), self._end, self._exchange)
         self._task.run()
+
+    @property
+    def arrived(self) -> float:
+        return self._call.arrived
+
+    def give_up(self) -> None:
+        """Its message is not waited for any longer."""
+        self._route.front.unread.pop(self, None)
+        self._end(errors.InvalidRequest("the message of this call did not come"))
 
     def _gone(self) -> None:
         if self._task is not None:
@@ -413,6 +439,7 @@ class _Stream:
         exchange.on_gone = self._gone
         exchange.on_closed = self._closed
         self._read()
+        self.end_if_done()
 
     def end_if_done(self) -> None:
         """Ends the call where all that was read is answered and no more is to be read."""

@@ -31,6 +31,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 _VERSION = re.compile(r"[0-9]{1,18}")
 
+# The protocol's priorities have 64 bits; all that are so low are the same.
+_LOWEST_PRIORITY = 1000
+
 # Typed values that become Python's at once: nothing else runs meanwhile.
 _TYPED_VALUES = 65_536
 
@@ -177,9 +180,8 @@ def _read_parameters(request: pb.ModelInferRequest, call: Call) -> tuple[int, bo
     timeout, priority = _integer(request, "timeout"), _integer(request, "priority")
     if timeout:
         call.limit(call.arrived + timeout / 1e6)
-    return priority, request.parameters[
-        "timings"
-    ].bool_param if "timings" in request.parameters else False
+    receipt = "timings" in request.parameters and request.parameters["timings"].bool_param
+    return min(priority, _LOWEST_PRIORITY), receipt
 
 
 def _integer(request: pb.ModelInferRequest, name: str) -> int:

@@ -93,6 +93,8 @@ class _Alone:
             )
             port = acceptor.bind(settings.port)
             self._acceptor = acceptor
+            if self._signals or self._bug:  # one came before there was an acceptor to tell
+                acceptor.stop(0.0)
             acceptor.run()
         finally:
             repository.close()

@@ -313,19 +313,18 @@ class Engines:
         """Puts a filled piece in line for its engine; the lock is held."""
         request, route = piece.request, piece.route
         number = piece.number = next(self._numbers)
+        record = REQUEST.pack(
+            number,
+            request.deadline,
+            piece.offset,
+            request.priority,
+            piece.rows,
+            route.index,
+            SUBMIT,
+        )
         route.link.pieces[number] = piece
         request.pieces.append(piece)
-        route.link.wire.put(
-            REQUEST.pack(
-                number,
-                request.deadline,
-                piece.offset,
-                request.priority,
-                piece.rows,
-                route.index,
-                SUBMIT,
-            )
-        )
+        route.link.wire.put(record)
         self.unsent = True
 
     def cancel(self, piece: _Piece) -> None:
@@ -548,7 +547,10 @@ class RemoteBatcher:
                 )
             if room == total or offset is None or len(pieces) == 2:
                 return pieces
-            route, _ = self._nearest(now)
+            try:
+                route, _ = self._nearest(now)
+            except NotReady:  # the only engine has just begun to stop
+                return pieces
 
     def _refuse(self, route: _Route, ahead_s: float, now: float, deadline: float) -> None:
         """Raises Overloaded where the engine would for certain; the rest is for it to judge."""
