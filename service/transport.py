@@ -553,7 +553,7 @@ def server(options: Options, public: bool = False) -> Loop:
     release = tuple(int(part) for part in grpc.__version__.split(".")[:2])
     if not _TRIED[0] <= release < _TRIED[1]:
         log.warning(
-            "grpcio %s was not tried with this release: its public server answers, with about half "
+            "grpcio %s was not tried with this release: its public server answers, with a fraction "
             "of the throughput; install grpcio>=%d.%d,<%d.%d",
             grpc.__version__, *_TRIED[0], *_TRIED[1],
         )  # fmt: skip
@@ -562,7 +562,7 @@ def server(options: Options, public: bool = False) -> Loop:
         return CoreServer(options)
     except (ImportError, AttributeError, TypeError):
         log.warning(
-            "grpcio %s is not as expected: its public server answers, with about half of the "
+            "grpcio %s is not as expected: its public server answers, with a fraction of the "
             "throughput", grpc.__version__, exc_info=True,
         )  # fmt: skip
         return PublicServer(options)
