@@ -103,12 +103,13 @@ class Caller(Exchange):
         return Answer.FromString(self.answers.pop(0))
 
     def hang_up(self) -> None:
+        """In gRPC's order."""
+        if self._reads:
+            self._reads.pop()(None)
         self.gone = True
         self.on_gone()
         if self._writes:
             self._writes.pop()()
-        if self._reads:
-            self._reads.pop()(None)
         self._close()
         self._loop.run()
 
@@ -385,7 +386,8 @@ WAYS = [
     (send_what_is_too_large, Code.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
     (send_no_message, Code.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
     (send_garbage, Code.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
-    (hang_up_before_the_message, None, "CANCELLED"),
+    # For all that can be told, it is one that sends none.
+    (hang_up_before_the_message, Code.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
     (hang_up_while_it_runs, None, "CANCELLED"),
     (run_out_of_time, None, "DEADLINE_EXCEEDED"),
 ]
