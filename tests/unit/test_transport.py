@@ -442,7 +442,11 @@ def test_a_caller_who_hangs_up_between_messages_ends_the_reading_too(
         def received(message: bytes | None) -> None:
             life.hear(repr(message))
             if message is not None:
-                exchange.write(message, False, lambda: exchange.read(received))
+                exchange.write(message, False, read_on)
+
+        def read_on() -> None:
+            exchange.read(received)
+            life.hear("reads on")
 
         life.follow(exchange)
         exchange.read(received)
@@ -450,7 +454,7 @@ def test_a_caller_who_hangs_up_between_messages_ends_the_reading_too(
     with Call(channel, server.serve(answer)) as call:
         call.send(b"1")
         assert next(call.answers) == b"1"
-        life.expect("begun", "b'1'")
+        life.expect("begun", "b'1'", "reads on")
         call.answers.cancel()
         heard = {life._heard.get(timeout=TIMEOUT_S) for _ in range(2)}
         assert heard == {"None", "gone"}
