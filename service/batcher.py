@@ -86,7 +86,7 @@ class BatchTimes:
         self._means = [0.0] * len(self._sizes)
         self._deviations = [0.0] * len(self._sizes)
         self._seen = [0.0] * len(self._sizes)
-        self._bounds = [0.0] * len(self._sizes)
+        self._bounds = (0.0,) * len(self._sizes)
         self._lock = threading.Lock()
 
     def estimate(self, size: int) -> float:
@@ -94,22 +94,24 @@ class BatchTimes:
 
         Never less for more rows; 0 where nothing was recorded yet.
         """
+        bounds = self._bounds
         if size <= 1:
-            return self._bounds[0] if size else 0.0
+            return bounds[0] if size else 0.0
         upper = (size - 1).bit_length()
-        high, to = self._sizes[upper], self._bounds[upper]
+        high, to = self._sizes[upper], bounds[upper]
         if size == high:
             return to
-        low, since = self._sizes[upper - 1], self._bounds[upper - 1]
+        low, since = self._sizes[upper - 1], bounds[upper - 1]
         return since + (to - since) * (size - low) / (high - low)
 
     def largest(self, seconds: float) -> int:
         """The most rows whose estimate is within `seconds`; 0 where even one takes longer."""
-        above = bisect_right(self._bounds, seconds)
+        bounds = self._bounds
+        above = bisect_right(bounds, seconds)
         if above in {0, len(self._sizes)}:
             return self._sizes[-1] if above else 0
         low, high = self._sizes[above - 1 : above + 1]
-        since, to = self._bounds[above - 1 : above + 1]
+        since, to = bounds[above - 1 : above + 1]
         return low + int((high - low) * (seconds - since) / (to - since))
 
     def record(self, size: int, seconds: float) -> None:
@@ -123,7 +125,6 @@ class BatchTimes:
                 # Until they are measured, larger batches are taken to cost as much a row.
                 self._means = [seconds * max(1.0, each / size) for each in self._sizes]
                 self._deviations = [mean * _FIRST_DEVIATION for mean in self._means]
-                self._bounds = [mean * (1 + _DEVIATIONS * _FIRST_DEVIATION) for mean in self._means]
             expected = self._means[lower] * (1 - share) + self._means[upper] * share
             # Cut at twice the expected time: one hiccup can't spoil the table.
             error = min(seconds - expected, expected)
@@ -131,6 +132,11 @@ class BatchTimes:
             if share < 1:
                 self._learn(lower, 1 - share, error)
             self._order(lower, upper, share)
+            # Replaced, never changed: it is read without the lock.
+            self._bounds = tuple(
+                mean + _DEVIATIONS * deviation
+                for mean, deviation in zip(self._means, self._deviations, strict=True)
+            )
 
     def _learn(self, knot: int, weight: float, error: float) -> None:
         self._seen[knot] += weight
@@ -141,7 +147,6 @@ class BatchTimes:
             # A batch that was done early breaks no promise.
             difference = max(0.0, error) - self._deviations[knot]
             self._deviations[knot] += difference * weight * _DEVIATION_GAIN
-        self._bounds[knot] = self._means[knot] + _DEVIATIONS * self._deviations[knot]
 
     def _order(self, lower: int, upper: int, share: float) -> None:
         """No batch takes longer than a larger one: what was just learned at two knots holds."""
@@ -155,10 +160,6 @@ class BatchTimes:
                 values[knot] = min(values[knot], values[lower])
             for knot in range(upper + 1, len(values)):
                 values[knot] = max(values[knot], values[upper])
-            self._bounds = [
-                mean + _DEVIATIONS * deviation
-                for mean, deviation in zip(self._means, self._deviations, strict=True)
-            ]
 
 
 class _Queue:
@@ -337,6 +338,9 @@ class Batcher:
         """Raises what `submit` of a single row, at the highest priority that is asked for, would
         raise: then nothing can be taken on, and callers can be told before they are heard.
         """
+        # Without a batch's worth of rows before it, it is left to `submit` to judge.
+        if self._rows < self._max:
+            return
         with self._lock:
             queue = min(self._queues, key=lambda each: each.level)
             until = math.inf if deadline is None else deadline
@@ -445,11 +449,21 @@ class Batcher:
         rank = now + queue.handicap_s
         return sum(each.before(rank) for each in self._queues)
 
+    def _rows_beside(self, count: int) -> int:
+        """Rows that run before the last of a request of `count`, more than a batch: all that were
+        promised an end, and of the others as many as take turns with it.
+        """
+        waiting = (ticket for queue in self._queues for ticket in queue.tickets if not ticket.ended)
+        remaining = ((ticket.count - ticket.taken, ticket.deadline) for ticket in waiting)
+        return sum(min(rows, count) if until == math.inf else rows for rows, until in remaining)
+
     def _admit(self, queue: _Queue, count: int, now: float, deadline: float) -> bool:
         """Raises Overloaded or DeadlineExceeded where a request is not to be taken on. True where it
         is let in although the estimate is against it.
         """
         ahead, rest_s = self._ahead(queue, now), self._rest_s(now)
+        if count > self._max:
+            ahead = max(ahead, self._rows_beside(count))
         common, common_s = self._max, self._cycle_s(self._max)
         wait_s = rest_s + ahead // self._max * common_s
         if wait_s > self._max_wait_s:
@@ -531,13 +545,26 @@ class Batcher:
             if count == remaining:
                 queue.tickets.popleft()
             elif count == size:
-                # It had a whole batch and wants more: those who wait already go first.
-                ticket.rank = now + queue.handicap_s
-                queue.tickets.rotate(-1)
+                self._step_back(queue, now)
         if size:
             self._size = size
         self._free_at = now + self._batch_s(size)
         return batch, late
+
+    def _step_back(self, queue: _Queue, now: float) -> None:
+        """The first had a whole batch and wants more: those who wait already go first. But not large
+        ones that are due later: taking turns, all would be late together.
+        """
+        tickets = queue.tickets
+        ticket = tickets.popleft()
+        if ticket.deadline != math.inf:
+            for place, other in enumerate(tickets):
+                if other.count > self._max and other.deadline >= ticket.deadline:
+                    ticket.rank = other.rank
+                    tickets.insert(place, ticket)
+                    return
+        ticket.rank = now + queue.handicap_s
+        tickets.append(ticket)
 
     def _costs_more(self, queue: _Queue, size: int, seconds: float) -> bool:
         """Whether to keep one deadline by a batch of `size` rows in `seconds` makes others late.

@@ -126,6 +126,9 @@ class Served:
             )
         except Exception as error:
             outcome = _OUTCOMES.get(type(error), "failed")
+            # gRPC itself cancels a call when its deadline passes.
+            if outcome == "cancelled" and deadline is not None and deadline <= time.monotonic():
+                outcome = "late"
             metrics.images(name, outcome, len(pixels))
             raise
         failed = answer.failed_rows

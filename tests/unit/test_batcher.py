@@ -5,7 +5,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import numpy as np
@@ -1297,3 +1297,38 @@ def test_whatever_happens_every_request_ends_once_and_every_row_is_its_own(
     assert max(ran.values()) <= 2, "a row is run once, and once more apart"
     assert all(batch.late_rows == 0 for batch in told)
     assert run_s <= sum(batch.run_s * batch.requests for batch in told) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("rows", "bound_s"), [(128, 0.05), (640, 0.1), (4096, 0.5)])
+@pytest.mark.parametrize("load", [2.0, 3.0])
+def test_requests_of_several_batches_keep_their_goodput_under_overload(
+    rows: int, bound_s: float, load: float
+) -> None:
+    now, arrives, in_time = [0.0], 0.0, []
+    times = BatchTimes(64)
+    for size in (1, 2, 4, 8, 16, 32, 64) * 3:
+        times.record(size, 0.0005 + size * 0.0000235)
+
+    def run(pixels: Rows) -> Outputs:
+        now[0] += 0.0005 + len(pixels) * 0.0000235
+        return np.zeros((len(pixels), 2), np.float32)
+
+    def told(due: float) -> Callable[[Answer | Exception], None]:
+        return lambda outcome: in_time.append(isinstance(outcome, Answer) and now[0] <= due)
+
+    batcher = Batcher(run, (1,), 64, times=times, max_wait_s=10, clock=lambda: now[0])
+    capacity = 64 / (0.0005 + 64 * 0.0000235) / rows
+    arrivals, pixels, seconds = (
+        np.random.default_rng(1),
+        np.zeros((rows, 1), np.uint8),
+        60 * bound_s,
+    )
+    while now[0] < seconds:
+        while arrives <= now[0]:
+            due = arrives + bound_s
+            arrives += arrivals.exponential(1 / (capacity * load))
+            with suppress(Overloaded, DeadlineExceeded):
+                batcher.submit(pixels, told(due), deadline=due)
+        if not batcher.run_next():
+            now[0] = arrives
+    assert sum(in_time) >= 0.95 * capacity * seconds
