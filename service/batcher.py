@@ -287,6 +287,9 @@ class Batcher:
         self._size = 1
         self._left_some = False
         self._gap_s = 0.0
+        # Rows that were asked for since the last batch, refused ones too: these take time, but must
+        # not make those that are taken on look expensive, or ever more would be refused.
+        self._asked = 0
 
     @property
     def ready(self) -> bool:
@@ -366,6 +369,7 @@ class Batcher:
                 now = self._clock()
                 if self._left_some:
                     self._learn_gap(now)
+                self._asked = 0
                 batch, late = self._take(now)
             if late:
                 _tell(late)
@@ -431,7 +435,7 @@ class Batcher:
     def _learn_gap(self, now: float) -> None:
         # Cut as the times in `BatchTimes` are.
         most = 2 * self._gap_s + self._batch_s(self._max) / self._max
-        gap_s = min((now - self._free_at) / self._size, most)
+        gap_s = min((now - self._free_at) / max(self._size, self._asked), most)
         self._gap_s += (gap_s - self._gap_s) * _MEAN_GAIN
 
     def _trust(self, now: float) -> float:
@@ -461,6 +465,7 @@ class Batcher:
         """Raises Overloaded or DeadlineExceeded where a request is not to be taken on. True where it
         is let in although the estimate is against it.
         """
+        self._asked += count
         ahead, rest_s = self._ahead(queue, now), self._rest_s(now)
         if count > self._max:
             ahead = max(ahead, self._rows_beside(count))
