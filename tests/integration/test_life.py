@@ -16,7 +16,13 @@ from protos import inference_pb2 as oip
 from service.bundle import Golden
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
-from tests.integration.models import SLOW_IMAGE, add_colours, add_slow_to_load, flip_a_byte
+from tests.integration.models import (
+    SLOW_BATCH,
+    SLOW_IMAGE,
+    add_colours,
+    add_slow_to_load,
+    flip_a_byte,
+)
 from tests.integration.pictures import raw, solid
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -146,11 +152,13 @@ def test_requests_in_flight_finish_and_new_ones_are_refused(slow_models: Path) -
 
 
 def test_the_drain_ends_after_its_grace(slow_models: Path) -> None:
+    # Several batches: what is done within a moment of the end is still answered.
+    long = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)] * 4 * SLOW_BATCH)
     with (
         Server("--drain-grace-s", "0.1", models=slow_models) as server,
         server.ready().channel() as channel,
     ):
-        answer = classifier_on(channel).Classify.future(SLOW, timeout=TIMEOUT_S)
+        answer = classifier_on(channel).Classify.future(long, timeout=TIMEOUT_S)
         server.wait_until_in_flight(1)
         assert server.stop() == 0
         assert answer.code() is grpc.StatusCode.UNAVAILABLE
