@@ -144,8 +144,10 @@ def test_requests_are_given_up_at_their_deadline(slow_server: Server, bench: Ben
     (point,) = bench(
         slow_server.target, model="digits", concurrency=(1,), timeout_ms=0.001, duration_s=0.1
     )["points"]
-    assert set(point["statuses"]) == {"DEADLINE_EXCEEDED"}
-    assert point["late"] == point["requests"] > 0
+    # Where the server hears of one in time, it refuses it.
+    assert set(point["statuses"]) <= {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+    assert point["late"] + point["refused"] == point["requests"] > 0
+    assert point["late"]
     assert point["latency_ms"] == {}
 
 

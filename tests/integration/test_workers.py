@@ -742,11 +742,13 @@ def test_a_second_signal_ends_all_at_once(slow_models: Path, tmp_path: Path) -> 
 
 
 def test_the_drain_ends_after_its_grace(slow_models: Path) -> None:
+    # Several batches: what is done within a moment of the end is still answered.
+    long = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)] * 4 * SLOW_BATCH)
     with (
         Server(*ONE_AND_ONE, "--drain-grace-s", "0.1", models=slow_models) as server,
         server.ready().channel() as channel,
     ):
-        call = classifier_on(channel).Classify.future(SLOW, timeout=TIMEOUT_S)
+        call = classifier_on(channel).Classify.future(long, timeout=TIMEOUT_S)
         server.wait_until_in_flight(1)
         assert server.stop() == 0
         assert call.code() is UNAVAILABLE
