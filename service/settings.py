@@ -83,8 +83,8 @@ class Settings:
     the batch. Costs throughput where batches are not full."""
 
     front: Literal["core", "public"] = "core"
-    """What takes calls: one loop on grpcio's core, or grpcio's public threaded server, with about
-    half of the throughput. Releases of grpcio that were not tried get the public one."""
+    """What takes calls: one loop on grpcio's core, or grpcio's public threaded server, with a
+    fraction of the throughput. Releases of grpcio that were not tried get the public one."""
 
     tls_certificate: Path | None = None
     """PEM file of the server's certificate chain: gRPC is then served over TLS."""
