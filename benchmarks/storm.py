@@ -331,7 +331,8 @@ class Client:
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 50),
-            ("grpc.min_reconnect_backoff_ms", 50),
+            # Also how long a connection may take, behind what the server is busy with.
+            ("grpc.min_reconnect_backoff_ms", 2000),
             ("grpc.max_reconnect_backoff_ms", 500),
         ]
         self._channels = [grpc.insecure_channel(target, options) for _ in range(CHANNELS)]

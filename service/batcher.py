@@ -34,7 +34,7 @@ _FIRST_DEVIATION = 1 / 8
 # The Open Inference Protocol leaves priorities to the server; as in Triton 1 is the highest, and 0
 # asks for the default. Each level counts as having arrived so much later than the one above, so
 # that no one waits for ever.
-_DEFAULT_LEVEL, _LOWEST_LEVEL, _LEVEL_S = 2, 8, 1.0
+_DEFAULT_LEVEL, LOWEST_LEVEL, _LEVEL_S = 2, 8, 1.0
 
 # On an idle device an estimate is worth half after so long without a run, a third after twice that.
 _CERTAIN_S = 1.0
@@ -276,7 +276,7 @@ class Batcher:
         self._asleep = False
         self._thread: threading.Thread | None = None
         self._closed = False
-        # One for each priority that was ever asked for.
+        # One for each priority that was ever asked for, the default first.
         self._queues = [_Queue(_DEFAULT_LEVEL)]
         self._rows = 0
         self._running = False
@@ -501,7 +501,9 @@ class Batcher:
     # Who waits. The lock is held.
 
     def _queue(self, priority: int) -> _Queue:
-        level = min(priority, _LOWEST_LEVEL) if priority > 0 else _DEFAULT_LEVEL
+        if not priority:
+            return self._queues[0]
+        level = min(priority, LOWEST_LEVEL) if priority > 0 else _DEFAULT_LEVEL
         for queue in self._queues:
             if queue.level == level:
                 return queue
@@ -708,10 +710,12 @@ class Batcher:
                 log.exception("the model failed on a batch of %d rows", size)
             return None, np.ones(size, np.bool_)
         outputs = outputs[:size]
-        finite = np.isfinite(outputs)
-        if np.count_nonzero(finite) == finite.size:
+        # One that is not finite makes the sum so; looking at each costs several times as much.
+        if math.isfinite(np.add.reduce(outputs, axis=None)):
             return outputs, None
-        bad = np.logical_not(np.logical_and.reduce(finite, axis=1))
+        bad = np.logical_not(np.logical_and.reduce(np.isfinite(outputs), axis=1))
+        if not bad.any():
+            return outputs, None
         if not quiet:
             log.error("the model gave NaN or infinity for %d of %d rows", bad.sum(), size)
         outputs = outputs.copy()

@@ -8,7 +8,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from service import errors, wire
 from service.metrics import Metrics
 from service.task import Task, Wait
-from service.transport import Exchange, Loop
+from service.transport import Exchange, Loop, ignore
 
 log = logging.getLogger("convoy.front")
 
@@ -56,30 +55,28 @@ _SPLIT_BYTES = 64_000
 _MAX_WORDS_BYTES = 2000
 
 
-@dataclass(slots=True)
 class Call:
     """What a handler knows of its call. `arrived` and `deadline` are on `time.monotonic`'s clock."""
 
-    arrived: float
-    deadline: float | None
-    # Has the call ended at a time, if it has not before.
-    expire: Callable[[float], None]
-    # Bytes of the fields that were left out when the message was parsed, see `Front.unary`.
-    raw: Sequence[memoryview] = ()
-    # Set by the handler once it knows: the label under which the call is counted.
-    model: str = ""
-    # What it holds in memory, in bytes; `Front.hold` adds to it.
-    held: int = 0
+    __slots__ = ("arrived", "deadline", "held", "model", "raw")
 
-    def limit(self, deadline: float) -> None:
-        """The caller asked, in the request itself, for an answer by then."""
-        if self.deadline is None or deadline < self.deadline:
+    def __init__(self, deadline: float | None) -> None:
+        self.arrived, self.deadline = time.monotonic(), deadline
+        # Bytes of the fields that were left out when the message was parsed, see `Front.unary`.
+        self.raw: Sequence[memoryview] = ()
+        # Set by the handler once it knows: the label under which the call is counted.
+        self.model = ""
+        # What it holds in memory, in bytes; `Front.hold` adds to it.
+        self.held = 0
+
+    def limit(self, deadline: float) -> bool:
+        """The caller asked, in the request itself, for an answer by then. False where gRPC's own
+        deadline is earlier.
+        """
+        earlier = self.deadline is None or deadline < self.deadline
+        if earlier:
             self.deadline = deadline
-            self.expire(deadline)
-
-
-def _ignore(_: object = None) -> None:
-    pass
+        return earlier
 
 
 Handler = Callable[[Any, Call], Coroutine[Wait[Any], Any, Message | bytes]]
@@ -127,7 +124,7 @@ class Front:
         max_in_flight: int,
         max_held_bytes: int,
         max_parts: int,
-        check: Callable[[float | None], None] = _ignore,
+        check: Callable[[float | None], None] = ignore,
     ) -> None:
         """`max_parts`: fields in a large body, see `wire.check_parts`. `check(deadline)` raises where
         work can't be done by then, whatever it is.
@@ -143,7 +140,7 @@ class Front:
         self._streams: set[_Stream] = set()
         self._watches: set[_Watch] = set()
         self.draining = False
-        self._on_drained: Callable[[], None] = lambda: None
+        self._on_drained: Callable[[], None] = ignore
         metrics.in_flight = lambda: self._in_flight
         metrics.held_bytes = lambda: self._held
         loop.on_call = self._on_call
@@ -195,9 +192,7 @@ class Front:
     def hold(self, call: Call, size: int) -> None:
         """Counts memory that a call is about to take. Raises Overloaded where that is too much."""
         if self._held + size > self._max_held and self._held > call.held:
-            raise errors.Overloaded(
-                f"{self._held / 1e6:.0f} MB of requests are worked on: back off, then retry"
-            )
+            raise self._full()
         self._held += size
         call.held += size
 
@@ -241,16 +236,21 @@ class Front:
             return errors.Overloaded(
                 f"{self._max_in_flight} requests are in flight here: back off, then retry"
             )
+        if deadline is not None and deadline <= time.monotonic():
+            return errors.DeadlineExceeded("the deadline passed before this call was read")
         if self._held >= self._max_held:
-            return errors.Overloaded(
-                f"{self._held / 1e6:.0f} MB of requests are worked on: back off, then retry"
-            )
+            return self._full()
         try:
             self._check(deadline)
         except errors.ConvoyError as error:
             # With it the callers' frames would keep the error, and it them.
             return error.with_traceback(None)
         return None
+
+    def _full(self) -> errors.Overloaded:
+        return errors.Overloaded(
+            f"{self._held / 1e6:.0f} MB of requests are worked on: back off, then retry"
+        )
 
     def _end_unread(self) -> None:
         """Calls that take up room and do not say what for must not keep others out."""
@@ -261,10 +261,8 @@ class Front:
                 return
             oldest.give_up()
 
-    def started(self, call: Call, size: int) -> None:
+    def started(self) -> None:
         self._in_flight += 1
-        self._held += size
-        call.held += size
 
     def ended(self, call: Call) -> None:
         self._in_flight -= 1
@@ -280,7 +278,7 @@ class Front:
 
     def _check_drained(self) -> None:
         if self.draining and self._calls <= len(self._watches):
-            then, self._on_drained = self._on_drained, lambda: None
+            then, self._on_drained = self._on_drained, ignore
             then()
 
     def parse(self, kind: type[Message], data: bytes, call: Call, raw_field: int = 0) -> Message:
@@ -299,17 +297,6 @@ class Front:
         except DecodeError:
             raise errors.InvalidRequest(f"the body is no {kind.DESCRIPTOR.full_name}") from None
 
-    def task(
-        self,
-        handler: Coroutine[Wait[Any], Any, Any],
-        then: Callable[[Any], None],
-        exchange: Exchange,
-    ) -> Task:
-        return Task(handler, then, self.loop.thread, partial(self._post, exchange))
-
-    def _post(self, exchange: Exchange, callback: Callable[[], None]) -> None:
-        self.loop.post(callback, exchange)
-
 
 class _Route(NamedTuple):
     """A unary call's method: see `Front.unary`."""
@@ -322,30 +309,36 @@ class _Route(NamedTuple):
     raw_field: int
 
 
-class _Unary:
-    __slots__ = ("_call", "_ended", "_exchange", "_route", "_task", "_timer")
+class _Unary(Call):
+    __slots__ = ("_ended", "_exchange", "_route", "_task", "_timer")
 
     def __init__(self, route: _Route, exchange: Exchange) -> None:
+        super().__init__(exchange.deadline)
         self._route, self._exchange = route, exchange
         self._ended = False
         self._task: Task | None = None
         self._timer: int | None = None
-        self._call = call = Call(time.monotonic(), exchange.deadline, self._expire)
         front = route.front
         if not route.always:
-            front.started(call, 0)
+            front.started()
             front.unread[self] = None
         exchange.on_gone = self._gone
         exchange.on_closed = front.closed
         exchange.read(self._received)
 
+    def limit(self, deadline: float) -> bool:
+        earlier = super().limit(deadline)
+        if earlier:
+            self._timer = self._route.front.loop.at(deadline, self._expired)
+        return earlier
+
     def _received(self, data: bytes | None) -> None:
-        route, call = self._route, self._call
+        route, exchange = self._route, self._exchange
         front = route.front
         front.unread.pop(self, None)
         if self._ended:
             return
-        if self._exchange.gone:
+        if exchange.gone:
             self._end(errors.Cancelled("the caller hung up"))
             return
         if data is None:
@@ -353,18 +346,14 @@ class _Unary:
             return
         try:
             if not route.always:
-                front.hold(call, len(data))
-            request = front.parse(route.kind, data, call, route.raw_field)
+                front.hold(self, len(data))
+            request = front.parse(route.kind, data, self, route.raw_field)
         except errors.ConvoyError as error:
             self._end(error)
             return
         del data
-        self._task = front.task(route.handler(request, call), self._end, self._exchange)
+        self._task = Task(route.handler(request, self), self._end, front.loop, exchange)
         self._task.run()
-
-    @property
-    def arrived(self) -> float:
-        return self._call.arrived
 
     def give_up(self) -> None:
         """Its message is not waited for any longer."""
@@ -374,9 +363,6 @@ class _Unary:
     def _gone(self) -> None:
         if self._task is not None:
             self._task.cancel()
-
-    def _expire(self, when: float) -> None:
-        self._timer = self._route.front.loop.at(when, self._expired)
 
     def _expired(self) -> None:
         task = self._task
@@ -389,13 +375,13 @@ class _Unary:
         if self._ended:
             return
         self._ended = True
-        route, call, exchange = self._route, self._call, self._exchange
-        # These lead back here: left to the garbage collector, they would cost more than the call.
-        self._task, call.expire = None, _ignore
+        route, exchange = self._route, self._exchange
+        # It leads back here: left to the garbage collector, it would cost more than the call.
+        self._task = None
         if self._timer is not None:
             route.front.loop.forget(self._timer)
         if exchange.gone:
-            code = _ending(call)
+            code = _ending(self)
         elif isinstance(outcome, Exception):
             code, words = status_of(outcome)
             exchange.end(code.value[0], words, _trailers(outcome))
@@ -404,8 +390,8 @@ class _Unary:
             exchange.end(0, message=_serialised(outcome))
         front = route.front
         if not route.always:
-            front.ended(call)
-        front.metrics.finished(route.name, call.model, code.name, time.monotonic() - call.arrived)
+            front.ended(self)
+        front.metrics.finished(route.name, self.model, code.name, time.monotonic() - self.arrived)
 
 
 def _serialised(message: Message | bytes) -> bytes:
@@ -466,9 +452,9 @@ class _Stream:
             self._over = True
             self.end_if_done()
             return
-        front, call = self._front, Call(time.monotonic(), self._exchange.deadline, _ignore)
+        front, call = self._front, Call(self._exchange.deadline)
         refused, request, size = front.refusal(self._exchange.deadline), None, len(data)
-        front.started(call, 0)
+        front.started()
         self._owed += 1
         self._owed_bytes += size
         try:
@@ -483,7 +469,7 @@ class _Stream:
             else:
                 del data
                 then = partial(self._answer, request, call, size)
-                task = front.task(self._handler(request, call), then, self._exchange)
+                task = Task(self._handler(request, call), then, front.loop, self._exchange)
                 self._tasks[id(call)] = task
                 task.run()
         self._read()
@@ -561,7 +547,7 @@ class _Watch:
     ) -> None:
         self._front, self._exchange = front, exchange
         self._kind, self._subscribe = kind, subscribe
-        self._unsubscribe: Callable[[], None] = _ignore
+        self._unsubscribe: Callable[[], None] = ignore
         self._answers: deque[bytes] = deque()
         self._writing = self._over = self._ended = False
         exchange.on_gone = self._gone
@@ -608,7 +594,7 @@ class _Watch:
         self._leave()
 
     def _leave(self) -> None:
-        leave, self._unsubscribe = self._unsubscribe, _ignore
+        leave, self._unsubscribe = self._unsubscribe, ignore
         leave()
 
     def _closed(self) -> None:

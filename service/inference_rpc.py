@@ -31,9 +31,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 _VERSION = re.compile(r"[0-9]{1,18}")
 
-# The protocol's priorities have 64 bits; all that are so low are the same.
-_LOWEST_PRIORITY = 1000
-
 # Typed values that become Python's at once: nothing else runs meanwhile.
 _TYPED_VALUES = 65_536
 
@@ -118,10 +115,8 @@ class InferenceRpc:
         else:
             priority, receipt = 0, False
         raw = call.raw or request.raw_input_contents
-        if raw or len(request.inputs) != 1:
-            inputs = _read_input(request, raw, served)
         # Typed pixels become Python's integers on their way: that may take seconds.
-        elif len(request.inputs[0].contents.uint_contents) > _TYPED_VALUES:
+        if not raw and any(len(i.contents.uint_contents) > _TYPED_VALUES for i in request.inputs):
             inputs = await served.aside(lambda: _read_input(request, raw, served))
         else:
             inputs = _read_input(request, raw, served)
@@ -181,7 +176,7 @@ def _read_parameters(request: pb.ModelInferRequest, call: Call) -> tuple[int, bo
     if timeout:
         call.limit(call.arrived + timeout / 1e6)
     receipt = "timings" in request.parameters and request.parameters["timings"].bool_param
-    return min(priority, _LOWEST_PRIORITY), receipt
+    return priority, receipt
 
 
 def _integer(request: pb.ModelInferRequest, name: str) -> int:

@@ -301,8 +301,7 @@ class Repository:
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Loads every model, or those before `stopping`. `pins`: models and their versions, where
-        that has been decided. Raises BrokenVersion where none at all can be
-        served.
+        that has been decided. Raises BrokenVersion where none at all can be served.
         """
         self.folder = folder
         self._settings, self._metrics, self._make = settings, metrics, make

@@ -15,6 +15,14 @@ class Cancellable(Protocol):
     def cancel(self) -> object: ...
 
 
+class Loop(Protocol):
+    """Where tasks run: `transport.Loop`."""
+
+    thread: int  # as `threading.get_ident` says
+
+    def post(self, callback: Callable[[], None], exchange: Any, /) -> None: ...
+
+
 class Wait(Generic[T]):
     """What a handler awaits. `start(done)` begins it and returns what can cancel it.
 
@@ -37,19 +45,19 @@ class Task:
     `then` takes the handler's result, or what it raised.
     """
 
-    __slots__ = ("_cancelled", "_handler", "_post", "_then", "_thread", "_ticket")
+    __slots__ = ("_cancelled", "_exchange", "_handler", "_loop", "_then", "_ticket")
 
     def __init__(
         self,
         handler: Coroutine[Wait[Any], Any, Any],
         then: Done[Any],
-        thread: int,
-        post: Callable[[Callable[[], None]], None],
+        loop: Loop,
+        exchange: Any = None,
     ) -> None:
-        """`thread` is the one it runs on, as `threading.get_ident` says; `post` brings what ends on
-        others there.
+        """`exchange` is the call it is done for: of it the loop knows how to be woken at once when
+        what it waits for ends on another thread.
         """
-        self._handler, self._then, self._thread, self._post = handler, then, thread, post
+        self._handler, self._then, self._loop, self._exchange = handler, then, loop, exchange
         self._ticket: Cancellable | None = None
         self._cancelled = False
 
@@ -88,7 +96,8 @@ class Task:
                 outcome = error
 
     def _done(self, outcome: Any) -> None:
-        if get_ident() == self._thread:
+        loop = self._loop
+        if get_ident() == loop.thread:
             self.run(outcome)
         else:
-            self._post(lambda: self.run(outcome))
+            loop.post(lambda: self.run(outcome), self._exchange)

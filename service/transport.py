@@ -11,6 +11,7 @@ Everything that is handed in here is called on the loop's thread, except where i
 import heapq
 import itertools
 import logging
+import os
 import queue
 import threading
 import time
@@ -36,8 +37,9 @@ _NAP_S = 0.2
 # How long the last answers may take on their way when it stops.
 _CLOSE_S = 0.2
 
-# While calls keep coming, a batch starts after this many events at the latest.
-_EVENTS_A_BATCH = 256
+# While calls keep coming, a batch starts after this many events at the latest: with less, calls age
+# in the transport when there are more than can be answered; with more, those that were read do.
+_EVENTS_A_BATCH = 1000
 
 # Calls that gRPC may hand over before it is asked again: a burst costs fewer turns.
 _ASKED = 64
@@ -55,8 +57,8 @@ Options = Sequence[tuple[str, int]]
 Trailers = Sequence[tuple[str, str]]
 
 
-def _ignore(_: object = None) -> None:
-    pass
+def ignore(_: object = None) -> None:
+    """A callback of those who do not want to know."""
 
 
 class Exchange(ABC):
@@ -67,13 +69,22 @@ class Exchange(ABC):
     is called when all is over, however it ended.
     """
 
-    __slots__ = ("deadline", "gone", "metadata", "method", "on_closed", "on_gone")
+    __slots__ = ("_due", "deadline", "gone", "metadata", "method", "on_closed", "on_gone")
 
     def __init__(self, method: str, deadline: float | None, metadata: Any) -> None:
         self.method, self.deadline, self.metadata = method, deadline, metadata
         self.gone = False
-        self.on_gone: Callable[[], None] = _ignore
-        self.on_closed: Callable[[], None] = _ignore
+        self.on_gone: Callable[[], None] = ignore
+        self.on_closed: Callable[[], None] = ignore
+        self._due = 0  # what was begun and is not over
+
+    def _done(self) -> None:
+        self._due -= 1
+        if not self._due:
+            on_closed = self.on_closed
+            # What these hold, holds this: without them it goes as soon as gRPC lets go of it.
+            self.on_gone = self.on_closed = ignore
+            on_closed()
 
     @abstractmethod
     def accept(self) -> None:
@@ -106,10 +117,10 @@ class Loop(ABC):
     """Runs calls, timers, and between them whatever work waits."""
 
     def __init__(self) -> None:
-        self.on_call: Callable[[Exchange], None] = _ignore
+        self.on_call: Callable[[Exchange], None] = ignore
         # Work for this thread: `step` does a piece of it where `waiting`, and may take its time.
         self.waiting: Callable[[], bool] = bool
-        self.step: Callable[[], object] = _ignore
+        self.step: Callable[[], object] = ignore
         self._posted: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int]] = []
         self._due: dict[int, Callable[[], None]] = {}
@@ -165,7 +176,7 @@ class Loop(ABC):
             wait = self._timers[0][0] - time.monotonic()
             if wait > 0:
                 return min(wait, _NAP_S)
-            self._due.pop(heapq.heappop(self._timers)[1], _ignore)()
+            self._due.pop(heapq.heappop(self._timers)[1], ignore)()
         return _NAP_S
 
     def _while_it_stops(self, event: Callable[[], None]) -> None:
@@ -187,6 +198,8 @@ class CoreServer(Loop):
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(tuple(options), False)
         self._server.register_completion_queue(self._queue)
+        # When nothing was left to take in, at the last look.
+        self._idle_at = time.monotonic()
         self._woken = False
         self._waking = threading.Lock()
         self._shut = False
@@ -212,17 +225,26 @@ class CoreServer(Loop):
 
     def _take_events(self) -> None:
         poll, timed_out = self._queue.poll, self._core.CompletionType.queue_timeout
-        events, nap = 0, self._chores()
+        nap, events = self._chores(), 0
         while not self._stopping:
             # A deadline in 1970 asks for what is there now. One that has just passed would wait for
             # a millisecond.
-            event = poll(0.0 if self.waiting() else time.time() + nap)
+            event = poll(0.0)
+            if event.completion_type == timed_out:
+                if self.waiting():
+                    # Under load gRPC reads on threads of its own too, which may want this core.
+                    os.sched_yield()
+                    event = poll(0.0)
+                else:
+                    event = poll(time.time() + nap)
+                    self._idle_at = time.monotonic()
             if event.completion_type != timed_out:
                 event.tag(event)
                 # It holds the call: kept over the next poll, it would be closed late.
                 event = None
                 events += 1
             else:
+                self._idle_at = time.monotonic()
                 events = _EVENTS_A_BATCH
             if events >= _EVENTS_A_BATCH:
                 events = 0
@@ -242,8 +264,10 @@ class CoreServer(Loop):
         details = event.call_details
         deadline: float | None = details.deadline
         if deadline is not None:
-            now = time.time()
-            deadline = None if deadline > _NEVER_S else time.monotonic() + deadline - now
+            # gRPC counts from when it read the call. Under load that lay in a socket before, for all
+            # the time since one was seen empty at worst.
+            left_s = deadline - time.time()
+            deadline = None if deadline > _NEVER_S else self._idle_at + left_s
         self.on_call(
             _CoreExchange(
                 self._core,
@@ -292,7 +316,7 @@ class CoreServer(Loop):
 
 
 class _CoreExchange(Exchange):
-    __slots__ = ("_closing", "_core", "_due", "_told", "call")
+    __slots__ = ("_core", "_then", "_told", "call")
 
     def __init__(
         self, core: Any, call: Any, method: str, deadline: float | None, metadata: Any
@@ -300,7 +324,7 @@ class _CoreExchange(Exchange):
         super().__init__(method, deadline, metadata)
         self._core, self.call = core, call
         self._told = False  # the initial metadata has been sent
-        self._due = 0  # operations that gRPC has not finished
+        self._then: Callable[[bytes | None], None] = ignore
 
     def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
         self._due += 1
@@ -309,14 +333,6 @@ class _CoreExchange(Exchange):
             raise RuntimeError(
                 "a message or status was sent before the last one had gone, or twice"
             )
-
-    def _done(self) -> None:
-        self._due -= 1
-        if not self._due:
-            on_closed = self.on_closed
-            # What these hold, holds this: without them it goes as soon as gRPC lets go of it.
-            self.on_gone = self.on_closed = _ignore
-            on_closed()
 
     def accept(self) -> None:
         self._start((self._core.ReceiveCloseOnServerOperation(0),), self._on_close)
@@ -328,11 +344,13 @@ class _CoreExchange(Exchange):
         self._done()
 
     def read(self, then: Callable[[bytes | None], None]) -> None:
-        def received(event: Any) -> None:
-            then(event.batch_operations[0].message())
-            self._done()
+        self._then = then
+        self._start((self._core.ReceiveMessageOperation(0),), self._received)
 
-        self._start((self._core.ReceiveMessageOperation(0),), received)
+    def _received(self, event: Any) -> None:
+        then, self._then = self._then, ignore
+        then(event.batch_operations[0].message())
+        self._done()
 
     def write(self, message: bytes, more: bool, then: Callable[[], None]) -> None:
         def sent(_: object) -> None:
@@ -350,19 +368,15 @@ class _CoreExchange(Exchange):
         trailers: Trailers = (),
         message: bytes | None = None,
     ) -> None:
-        core = self._core
-        status = core.SendStatusFromServerOperation(trailers, code, details.encode(), 0)
-        if message is None:
-            operations = (*self._opening(), status)
-        else:
-            operations = (*self._opening(), core.SendMessageOperation(message, 0), status)
-        self._start(operations, self._ended)
+        answer = () if message is None else (self._core.SendMessageOperation(message, 0),)
+        self._start((*self._opening(), *answer, self._status(code, details, trailers)), self._ended)
 
     def refuse(self, code: int, details: str, trailers: Trailers = ()) -> None:
-        core = self._core
-        status = core.SendStatusFromServerOperation(trailers, code, details.encode(), 0)
-        close = core.ReceiveCloseOnServerOperation(0)
-        self._start((*self._opening(), status, close), self._ended)
+        close = self._core.ReceiveCloseOnServerOperation(0)
+        self._start((*self._opening(), self._status(code, details, trailers), close), self._ended)
+
+    def _status(self, code: int, details: str, trailers: Trailers) -> Any:
+        return self._core.SendStatusFromServerOperation(trailers, code, details.encode(), 0)
 
     def _ended(self, _: object) -> None:
         self._done()
@@ -421,7 +435,7 @@ class PublicServer(Loop):
         self._readers.shutdown()
 
     def _wake(self, exchange: Exchange | None) -> None:
-        self._events.put(_ignore)
+        self._events.put(ignore)
 
     def _handle(
         self, method: str, messages: Iterator[bytes], context: grpc.ServicerContext
@@ -459,7 +473,7 @@ class _AnyMethod(grpc.GenericRpcHandler):
 
 
 class _PublicExchange(Exchange):
-    __slots__ = ("_answers", "_due", "_ended", "_events", "_messages", "_readers")
+    __slots__ = ("_answers", "_ended", "_events", "_messages", "_readers")
 
     def __init__(
         self,
@@ -497,13 +511,6 @@ class _PublicExchange(Exchange):
         then(message)
         self._done()
 
-    def _done(self) -> None:
-        self._due -= 1
-        if not self._due:
-            on_closed = self.on_closed
-            self.on_gone = self.on_closed = _ignore
-            on_closed()
-
     def write(self, message: bytes, more: bool, then: Callable[[], None]) -> None:
         self._answers.put((message, then))
 
@@ -515,7 +522,7 @@ class _PublicExchange(Exchange):
         message: bytes | None = None,
     ) -> None:
         if message is not None:
-            self._answers.put((message, _ignore))
+            self._answers.put((message, ignore))
         self._answers.put((code, details, trailers))
         self._ended = True
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from service.batcher import Answer, Done, Outputs, Rows
+from service.batcher import LOWEST_LEVEL, Answer, Done, Outputs, Rows
 from service.channel.protocol import (
     CANCEL,
     HELLO,
@@ -164,7 +164,9 @@ class RemoteTicket:
     def __init__(
         self, batcher: "RemoteBatcher", pixels: Rows, done: Done, deadline: float, priority: int
     ) -> None:
-        self.batcher, self.done, self.deadline, self.priority = batcher, done, deadline, priority
+        self.batcher, self.done, self.deadline = batcher, done, deadline
+        # Callers' priorities have 64 bits.
+        self.priority = min(priority, LOWEST_LEVEL)
         self.pixels, self.total = pixels, len(pixels)
         self.began = time.monotonic()
         self.taken = self.answered = self.batch_size = self.failed_rows = 0

@@ -220,7 +220,9 @@ def test_answers_belong_to_their_rows_through_cancels_deadlines_failures_and_a_f
                 numbers[rng.randrange(size)] = POISON
             deadline = rng.choice([None, None, soon(), time.monotonic() + rng.random() / 500])
             try:
-                pending = acceptor.submit(*numbers, deadline=deadline, priority=rng.randrange(4))
+                pending = acceptor.submit(
+                    *numbers, deadline=deadline, priority=rng.choice((0, 1, 2, 1 << 64))
+                )
             except (DeadlineExceeded, Overloaded) as error:
                 refused[type(error)] += 1
                 # Until there may be room again.

@@ -314,12 +314,21 @@ def test_what_cannot_be_done_in_time_is_refused_unread() -> None:
         no_time(deadline)
 
     house = House(check=check)
-    refused = house.call(deadline=17.0)
+    deadline = time.monotonic() + 60
+    refused = house.call(deadline=deadline)
     assert (refused.code, refused.details) == (Code.RESOURCE_EXHAUSTED, "no time")
     assert refused.trailers == {"grpc-retry-pushback-ms": "2000"}
     assert not refused.accepted
-    assert deadlines == [17.0]
+    assert deadlines == [deadline]
     assert house.call("Probe").code is None
+
+
+def test_what_is_read_after_its_deadline_is_refused_unread() -> None:
+    house = House()
+    refused = house.call(deadline=time.monotonic())
+    assert refused.code is Code.DEADLINE_EXCEEDED
+    assert not refused.accepted
+    assert house.call(deadline=time.monotonic() + 60).accepted
 
 
 def send_what_is_too_large(house: House) -> Caller:
@@ -359,7 +368,10 @@ def hang_up_while_it_runs(house: House) -> Caller:
 
 
 def run_out_of_time(house: House) -> Caller:
-    caller = house.ask("a", deadline=time.monotonic() - 0.01)
+    deadline = time.monotonic() + 0.01
+    caller = house.ask("a", deadline=deadline)
+    while time.monotonic() < deadline:
+        pass
     caller.hang_up()
     return caller
 

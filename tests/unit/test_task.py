@@ -27,14 +27,28 @@ class Work:
         self.done(Cancelled("cancelled"))
 
 
+class Here:
+    """A loop on this thread."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+    def post(self, callback: Callable[[], None], exchange: Any) -> None:
+        callback()
+
+
 class Handled:
     """A handler that runs on this thread, and what became of it."""
 
     def __init__(self, handler: Coroutine[Wait[Any], Any, Any]) -> None:
         self.results: list[Any] = []
         self.posted: list[Callable[[], None]] = []
-        self.task = Task(handler, self.results.append, threading.get_ident(), self.posted.append)
+        self.thread = threading.get_ident()
+        self.task = Task(handler, self.results.append, self)
         self.task.run()
+
+    def post(self, callback: Callable[[], None], exchange: Any) -> None:
+        self.posted.append(callback)
 
 
 async def twice(first: Work, second: Work) -> Any:
@@ -167,8 +181,7 @@ def test_a_task_that_has_ended_keeps_nothing_until_the_garbage_collector_comes(e
         task = Task(
             handler(request, work),
             lambda outcome: outcomes.append(type(outcome)),
-            threading.get_ident(),
-            lambda callback: callback(),
+            Here(),
         )
         task.run()
         del request
