@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from protos import classifier_pb2 as pb
+from protos import inference_pb2
 from tests.certificates import Certificates, make_certificates
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration import test_inference_protocol as oip
@@ -54,6 +55,28 @@ def test_the_public_server_answers_alike(models: Path) -> None:
         assert refused.value.code() is Code.NOT_FOUND
         assert check(channel, "colours") == SERVING
     assert "Traceback" not in server.log
+
+
+def handed_over(pid: int) -> int:
+    """How often gRPC's own threads of a process had something to do."""
+    switches = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        if (thread / "comm").read_text().strip() == "event_engine":
+            status = (thread / "status").read_text()
+            switches += int(status.partition("voluntary_ctxt_switches:")[2].split()[0])
+    return switches
+
+
+def test_the_loop_reads_its_sockets_itself(models: Path) -> None:
+    with Server(models=models) as server, server.ready().channel() as channel:
+        metadata = inference_on(channel).ModelMetadata
+        request = inference_pb2.ModelMetadataRequest(name="colours")
+        metadata(request)
+        before = handed_over(server.pid)
+        for _ in range(400):
+            metadata(request)
+        # Where they read for it, they are woken several times a call.
+        assert handed_over(server.pid) - before < 200
 
 
 def test_the_public_server_keeps_deadlines_and_drains(slow_models: Path) -> None:

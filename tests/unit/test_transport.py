@@ -7,6 +7,7 @@ import gc
 import hashlib
 import itertools
 import logging
+import math
 import os
 import queue
 import resource
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import grpc
@@ -1032,3 +1033,21 @@ def test_a_grpcio_that_is_not_as_expected_gets_the_public_server_and_a_warning(
 def test_the_public_server_can_be_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     assert type(transport.server(OPTIONS, public=True)) is PublicServer
     assert caplog.text == ""
+
+
+def test_a_deadline_counts_from_when_the_socket_was_last_seen_empty() -> None:
+    loop = CoreServer(OPTIONS)
+    loop.stop()  # it does not ask for another call then
+    calls: list[Exchange] = []
+    loop.on_call = calls.append
+    now = time.monotonic()
+    for busy_s, deadline in ((0.0, time.time() + 10), (3.0, time.time() + 10), (3.0, math.inf)):
+        loop._idle_at = now - busy_s
+        details = SimpleNamespace(method=b"/test/0", deadline=deadline)
+        loop._on_call(
+            SimpleNamespace(success=True, call=None, call_details=details, invocation_metadata=())
+        )
+    at_once, late, unlimited = [call.deadline for call in calls]
+    assert at_once == pytest.approx(now + 10, abs=0.1)
+    assert late == pytest.approx(now + 7, abs=0.1)
+    assert unlimited is None
