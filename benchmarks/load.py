@@ -10,6 +10,7 @@ extra `train`, which makes the two networks (with random weights) at the first r
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -103,6 +104,10 @@ def empty_server(kind: str) -> None:
 
     if kind == "aio":
         asyncio.run(serve_aio())
+    if kind == "uvloop":
+        import uvloop  # type: ignore[import-not-found]
+
+        uvloop.run(serve_aio())
     server = grpc.server(futures.ThreadPoolExecutor(8))
     server.add_generic_rpc_handlers((Empty(),))
     print(f"port {server.add_insecure_port('127.0.0.1:0')}", file=sys.stderr, flush=True)
@@ -162,9 +167,12 @@ def _cpu_s(pid: int) -> float:
 
 
 def convoy(*arguments: str, core: str = SERVER) -> Running:
+    """The service; `NAME=value` before its arguments are for its environment."""
     command = [CONVOY, "serve", "--models", str(CACHE / "models"), "--host", "127.0.0.1"]
-    command += ["--port", "0", "--metrics-port", "0", "--shutdown-delay-s", "0", *arguments]
-    return Running(command, r"ready in .* gRPC on \S+:(\d+),", core)
+    variables = [each for each in arguments if not each.startswith("-") and "=" in each]
+    command += ["--port", "0", "--metrics-port", "0", "--shutdown-delay-s", "0"]
+    command += [each for each in arguments if each not in variables]
+    return Running(["env", *variables, *command], r"ready in .* gRPC on \S+:(\d+),", core)
 
 
 def empty(kind: str) -> Running:
@@ -285,6 +293,34 @@ class Bench:
                 f"the same by stream, {level} in flight, over unary", ">= 1.5", streams[level]
             )
         self.report("CNN, 1 in flight: latency over empty call + run", "<= 1.25", alone)
+
+    def fronts(self) -> None:
+        """What takes the calls: empty servers, and the service, one image a request."""
+        fronts: dict[str, Callable[[], Running]] = {
+            "empty, threaded": lambda: empty("threaded"),
+            "empty, aio": lambda: empty("aio"),
+            "Convoy, --front public": lambda: convoy("--front", "public"),
+            "Convoy, gRPC's threads read": lambda: convoy("GRPC_EXPERIMENTS=event_engine_listener"),
+            "Convoy": convoy,
+        }
+        if importlib.util.find_spec("uvloop"):
+            fronts["empty, aio on uvloop"] = lambda: empty("uvloop")
+        with contextlib.ExitStack() as stack:
+            servers = {
+                name: stack.enter_context(_closing(start())) for name, start in fronts.items()
+            }
+            for level in (1, 8, 32):
+                rates: dict[str, list[float]] = {name: [] for name in servers}
+                for _ in range(self.rounds):
+                    for name, server in servers.items():
+                        closed = ("--model", "cnn", "--concurrency", str(level))
+                        rates[name].append(self.load(server, *closed)["throughput"])
+                for name, each in rates.items():
+                    ratios = [a / b for a, b in zip(each, rates["Convoy"], strict=True)]
+                    self.report(
+                        f"{name}, {level} in flight, over Convoy", "", ratios,
+                        calls_per_s=[round(rate) for rate in each],
+                    )  # fmt: skip
 
     def resnet(self) -> None:
         """ResNet-50, one image a request, as pixels and as JPEGs."""
@@ -473,7 +509,7 @@ def main() -> int:
     if sys.argv[1:2] == ["empty-server"]:
         empty_server(sys.argv[2])
         return 0
-    figures = ("batches", "singles", "resnet", "goodput", "tail", "cores", "soak")
+    figures = ("batches", "singles", "fronts", "resnet", "goodput", "tail", "cores", "soak")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

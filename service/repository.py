@@ -230,6 +230,8 @@ class Entry:
     name: str
     served: Served | None
     reason: str
+    # Newer versions that did not prove themselves.
+    broken: int
 
 
 def runs_here(
@@ -268,11 +270,14 @@ def runs_here(
 
 
 class Pin(NamedTuple):
-    """The version of a model that serves, 0 for none, on which device, and what is wrong."""
+    """The version of a model that serves, 0 for none, on which device; what is wrong, and with how
+    many newer versions.
+    """
 
     version: int
     device: str
     reason: str
+    broken: int
 
 
 def serving(pins: Mapping[str, Pin]) -> str:
@@ -311,11 +316,15 @@ class Repository:
             if stopping():
                 return
             if pins is None:
-                self._entries[name] = self._load(name, bundles.versions(folder / name)[::-1])
+                entry = self._load(name, bundles.versions(folder / name)[::-1])
             else:
                 pin = pins[name]
                 entry = self._load(name, [pin.version] if pin.version else [])
-                self._entries[name] = replace(entry, reason=pin.reason or entry.reason)
+                entry = replace(
+                    entry, reason=pin.reason or entry.reason, broken=pin.broken + entry.broken
+                )
+            self._entries[name] = entry
+            metrics.broken_versions(name, entry.broken)
         if not self._entries:
             raise BrokenVersion(
                 f"no models in {folder}: train one with `convoy train --models {folder}`, "
@@ -353,10 +362,9 @@ class Repository:
                 continue
             served = Served(bundle, device, batcher, self._decoders, self._metrics, self._settings)
             self._metrics.serving(name, version, bundle.sha256, device)
-            self._metrics.broken_versions(name, len(reasons))
-            return Entry(name, served, reasons[0] if reasons else "")
-        self._metrics.broken_versions(name, len(reasons))
-        return Entry(name, None, reasons[0] if reasons else "no version of it works")
+            return Entry(name, served, reasons[0] if reasons else "", len(reasons))
+        reason = reasons[0] if reasons else "no version of it works"
+        return Entry(name, None, reason, len(reasons))
 
     def get(self, name: str, version: int = 0) -> Served:
         """What answers for model `name` (empty: the only one there is), `version` (0: any).
@@ -401,9 +409,9 @@ class Repository:
     def pins(self) -> "dict[str, Pin]":
         """What was decided here, for other processes to do the same."""
         return {
-            name: Pin(entry.served.version, entry.served.device, entry.reason)
+            name: Pin(entry.served.version, entry.served.device, entry.reason, entry.broken)
             if entry.served
-            else Pin(0, "", entry.reason)
+            else Pin(0, "", entry.reason, entry.broken)
             for name, entry in self._entries.items()
         }
 

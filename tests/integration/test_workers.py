@@ -313,6 +313,8 @@ def mortal(
     folder = tmp_path_factory.mktemp("mortal") / "models"
     shutil.copytree(slow_models, folder)
     add_colours(folder)
+    add_colours(folder, "newest")
+    (add_colours(folder, "newest").folder / "model.onnx").write_bytes(b"")
     with Server(*ONE_AND_ONE, models=folder) as server:
         yield server.ready(), folder
     assert "Traceback" not in server.log
@@ -657,6 +659,7 @@ def test_a_version_published_meanwhile_does_not_confuse_those_who_start_anew(
         models = classifier_on(channel).ListModels(pb.ListModelsRequest()).models
         versions = {model.name: (model.version, list(model.versions)) for model in models}
         assert versions["colours"] == (1, [1, 2])
+    assert server.metrics()['convoy_model_broken_versions{model="newest"}'] == 1
     info = [name for name in server.metrics() if "model_info" in name and '"colours"' in name]
     assert len(info) == 1
     assert 'version="1"' in info[0]
