@@ -38,6 +38,11 @@ test: install ## Run all tests
 unit: install ## Run the tests that take seconds
 	$(BIN)/pytest tests/unit
 
+.PHONY: gpu
+gpu: ## On a machine with an NVIDIA card, in an environment with .[gpu,onnx] and pytest: its tests and benchmarks
+	$(PYTHON) -m pytest tests/gpu
+	$(PYTHON) benchmarks/gpu.py --json gpu.json
+
 .PHONY: check
 check: install ## Check format, lint, types, import rules, generated code and generated docs
 	$(BIN)/ruff format --check .

@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "benchmarks"
-CONVOY = str(Path(sys.executable).parent / "convoy")
+CONVOY = [sys.executable, "-m", "convoy"]
 SERVER, CLIENT = "0", "1"  # cores
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -168,7 +168,7 @@ def _cpu_s(pid: int) -> float:
 
 def convoy(*arguments: str, core: str = SERVER) -> Running:
     """The service; `NAME=value` before its arguments are for its environment."""
-    command = [CONVOY, "serve", "--models", str(CACHE / "models"), "--host", "127.0.0.1"]
+    command = [*CONVOY, "serve", "--models", str(CACHE / "models"), "--host", "127.0.0.1"]
     variables = [each for each in arguments if not each.startswith("-") and "=" in each]
     command += ["--port", "0", "--metrics-port", "0", "--shutdown-delay-s", "0"]
     command += [each for each in arguments if each not in variables]
@@ -187,7 +187,7 @@ def bench(server: Running, *arguments: str, core: str = CLIENT) -> dict[str, Any
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         file = Path(folder) / "bench.json"
         command = ["taskset", "-c", core] if core else []
-        command += [CONVOY, "bench", "--server", f"127.0.0.1:{server.port}", "--json", str(file)]
+        command += [*CONVOY, "bench", "--server", f"127.0.0.1:{server.port}", "--json", str(file)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}: {done.stdout}{done.stderr}")

@@ -8,9 +8,9 @@ import logging
 import math
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -248,7 +248,8 @@ class Batcher:
         *,
         times: BatchTimes,
         max_wait_s: float,
-        deterministic: bool = False,
+        sizes: Sequence[int] = (),
+        buffer: Callable[[int], Rows | None] = lambda size: None,
         on_batch: Callable[[Batch], None] = lambda batch: None,
         on_bug: Callable[[BaseException], None] = lambda bug: None,
         name: str = "batcher",
@@ -256,7 +257,9 @@ class Batcher:
     ) -> None:
         """`max_wait_s` is how long a request may be expected to wait before it runs.
 
-        `deterministic`: every run has exactly `max_batch_size` rows, zeros after those there are.
+        `sizes`: those that are run, up to `max_batch_size`; smaller batches get zeros after the rows
+        there are. `buffer(size)` gives the array in which a batch that is put together goes to
+        `run`, None where any will do.
         `on_batch` hears of every run; `on_bug` of an error in the batcher itself, after which
         every waiting request has failed and new ones are refused.
         """
@@ -265,12 +268,14 @@ class Batcher:
         self._max = max_batch_size
         self._times = times
         self._max_wait_s = max_wait_s
-        self._deterministic = deterministic
+        self._sizes = tuple(sorted(sizes))
         self._on_batch = on_batch
         self._on_bug = on_bug
         self._name = name
         self._clock = clock
-        self._buffer = np.empty((max_batch_size, *row_shape), np.uint8)
+        rows = np.empty((max_batch_size, *row_shape), np.uint8)
+        given = [buffer(size) for size in self._sizes]
+        self._buffers = [rows if each is None else each for each in given] or [rows]
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._asleep = False
@@ -414,9 +419,19 @@ class Batcher:
 
     # Estimates. The lock is held.
 
+    def _padded(self, rows: int) -> int:
+        """With how many a batch of so many rows is run."""
+        sizes = self._sizes
+        return sizes[bisect_left(sizes, rows)] if sizes and rows else rows
+
+    def _most(self, seconds: float) -> int:
+        """The most rows of a batch that is done by then; 0 where there are none."""
+        rows, sizes = self._times.largest(seconds), self._sizes
+        return (0, *sizes)[bisect_right(sizes, rows)] if sizes else rows
+
     def _batch_s(self, rows: int) -> float:
         """To run a batch of `rows`."""
-        return self._times.estimate(self._max if self._deterministic and rows else rows)
+        return self._times.estimate(self._padded(rows))
 
     def _cycle_s(self, rows: int) -> float:
         """From the start of a batch of `rows` to that of the next."""
@@ -485,8 +500,8 @@ class Batcher:
         # every batch would have to stay small for that promise, and rows in small batches cost the
         # most. So it is promised a batch of a common size: the largest that can follow another of
         # its kind in the time there is.
-        if 2 * common_s > left_s and not self._deterministic:
-            common = max(min(count, self._max), self._times.largest(left_s / 2))
+        if 2 * common_s > left_s:
+            common = self._padded(max(min(count, self._max), self._most(left_s / 2)))
             common_s = self._cycle_s(common)
         batches = -(-(ahead + count) // common)
         end_s = rest_s + batches * common_s
@@ -538,7 +553,7 @@ class Batcher:
             if left_s <= full_s or count < remaining:
                 end_s = self._batch_s(size + count) + self._run_s(remaining - count)
                 # A larger batch takes longer: no more rows than this one can wait for.
-                fits = max(size + count, min(room, self._times.largest(left_s)))
+                fits = min(room, max(self._padded(size + count), self._most(left_s)))
                 if (end_s > left_s and not ticket.on_trial) or (
                     left_s < full_s and self._costs_more(queue, fits, left_s)
                 ):
@@ -588,7 +603,7 @@ class Batcher:
         """What still waits of it will not run."""
         ticket.ended = True
         self._add(ticket.queue, -min(ticket.count - ticket.taken, self._max))
-        ticket.rows = self._buffer[:0]
+        ticket.rows = self._buffers[0][:0]
 
     def _end_late(self, ticket: Ticket) -> _Ending:
         self._end(ticket)
@@ -615,7 +630,7 @@ class Batcher:
         ended = self._clock()
         run_s = ended - began
         if outputs is not None:
-            self._times.record(self._max if self._deterministic else size, ended - taken_at)
+            self._times.record(self._padded(size), ended - taken_at)
         retry = outputs is None and size > 1
         endings: list[_Ending] = []
         late_rows = offset = 0
@@ -681,18 +696,19 @@ class Batcher:
         if len(batch) == 1:
             ticket, start, stop = batch[0]
             rows = ticket.rows[start:stop]
-            if rows.flags.c_contiguous and (len(rows) == self._max or not self._deterministic):
+            if rows.flags.c_contiguous and len(rows) == self._padded(len(rows)):
                 return rows, len(rows)
-        size = 0
+        size = sum(stop - start for _, start, stop in batch)
+        padded = self._padded(size)
+        buffer = self._buffers[bisect_left(self._sizes, padded)]
+        if len(buffer) != padded:
+            buffer = buffer[:padded]
+        end = 0
         for ticket, start, stop in batch:
-            rows = ticket.rows[start:stop]
-            end = size + len(rows)
-            self._buffer[size:end] = rows
-            size = end
-        if self._deterministic:
-            self._buffer[size:] = 0
-            return self._buffer, size
-        return self._buffer[:size], size
+            begin, end = end, end + stop - start
+            buffer[begin:end] = ticket.rows[start:stop]
+        buffer[end:] = 0
+        return buffer, size
 
     def _outputs(
         self, rows: Rows, size: int, *, quiet: bool

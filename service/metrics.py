@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from service import gpu
 from service.cpu import Budget
 
 # 0.5 ms to 10 s, each step at most 2.5 times the one before.
@@ -64,6 +65,10 @@ _FAMILIES = {
     ),
     "model_broken_versions": _Family(
         "gauge", "Versions in the models folder that were refused; the log says why.", ("model",)
+    ),
+    "model_fallback": _Family(
+        "gauge", "1 where a model runs on the CPU though a card was preferred; the log says why.",
+        ("model",),
     ),
     "cpu_budget_cores": _Family("gauge", "Cores that may be used, by cgroup and affinity.", ()),
     "threads": _Family(
@@ -135,6 +140,9 @@ class Metrics:
     def broken_versions(self, model: str, count: int) -> None:
         self._numbers["model_broken_versions"][model,] = count
 
+    def fallback(self, model: str, has: bool) -> None:
+        self._numbers["model_fallback"][model,] = has
+
     def budget(self, budget: Budget) -> None:
         self._numbers["cpu_budget_cores"][()] = budget.cores
         for role in ("acceptors", "engines", "decode_threads", "run_threads"):
@@ -166,7 +174,9 @@ def _add(numbers: dict[Labels, float], labels: Labels, count: float) -> None:
 
 
 # Gauges of which every process tells the same; of the others, what the processes have is added up.
-_SAME = frozenset({"model_info", "model_broken_versions", "cpu_budget_cores", "threads"})
+_SAME = frozenset(
+    {"model_info", "model_broken_versions", "model_fallback", "cpu_budget_cores", "threads"}
+)
 
 
 def merge(snapshots: Iterable[Snapshot], dead: Iterable[Snapshot] = ()) -> Snapshot:
@@ -233,4 +243,5 @@ def registry(snapshot: Callable[[], Snapshot]) -> CollectorRegistry:
     PlatformCollector(registry=made)
     GCCollector(registry=made)
     made.register(_Convoy(snapshot))
+    made.register(gpu.Cards(gpu.nvml()))
     return made

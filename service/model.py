@@ -1,18 +1,19 @@
 """One loaded version: the session on its device, its warm-up, its proof, and `run`."""
 
+import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from service.bundle import Bundle, Probabilities
 from service.cpu import whole_cores
+from service.device import Device, buckets, host_memory, open_session
 from service.errors import BrokenVersion, InferenceFailed
 from service.images import Pixels
-from service.settings import Device
-
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 # Probabilities of the same file may differ by rounding between processors and batch sizes (parity
 # at export is below 1e-5); a wrong file, device or layout is off by far more than this.
@@ -22,43 +23,43 @@ GOLDEN_TOLERANCE = 1e-3
 _MEASURE_S, _MEASURED_RUNS = 1.0, 3
 
 
+class _Bound(NamedTuple):
+    """Memory of one batch size that stays bound to the session: filled, run, and read in place."""
+
+    pixels: Pixels
+    probabilities: Probabilities
+    binding: Any
+
+
 class Model:
     """An ONNX classifier in a session: uint8 `[N, H, W, C]` in, float32 `[N, classes]` out.
 
-    `device` is where it really runs, `cpu` or `cuda`. `run` may be called from several threads.
+    `device` is where it really runs, and `fallback` why, where that is not what was preferred.
+    `run` may be called from several threads, but not with a `buffer`.
     """
 
-    def __init__(self, onnx: bytes, device: Device = "auto", threads: int = 0) -> None:
-        """Loads `onnx` on `device`; `threads` is for the CPU, 0 means one a usable core.
+    def __init__(
+        self,
+        onnx: bytes,
+        device: str = "auto",
+        threads: int = 0,
+        *,
+        memory_mb: float = 0.0,
+    ) -> None:
+        """Loads `onnx` on `device`, see `device.Device`; `threads` is for the CPU, 0 means one a
+        usable core; `memory_mb` see `device.open_session`.
 
         Raises BrokenVersion where the file is no such classifier or the device can't be had.
         """
-        ort.set_default_logger_severity(3)
-        available = ort.get_available_providers()
-        if device == "auto":
-            device = "cuda" if _PROVIDERS["cuda"] in available else "cpu"
-        if _PROVIDERS[device] not in available:
-            raise BrokenVersion(
-                f"device {device} is not to be had: this ONNX Runtime offers {', '.join(available)}; "
-                "install convoy-serving[gpu] in place of [cpu], or choose --device cpu"
-            )
-        if device == "cuda":
-            ort.preload_dlls()  # CUDA and cuDNN from the wheels of the extra `gpu`
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or whole_cores()
-        options.inter_op_num_threads = 1
-        # A spinning pool takes the cores from the threads that decode and talk to callers.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if device == "cuda":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        try:
-            self._session = ort.InferenceSession(onnx, options, providers=[_PROVIDERS[device]])
-        # ONNX Runtime raises classes of its own that share no base but Exception.
-        except Exception as error:
-            raise BrokenVersion(f"ONNX Runtime can't load the model: {error}") from error
-        if self._session.get_providers()[0] != _PROVIDERS[device]:
-            raise BrokenVersion(f"asked for {device}, got {self._session.get_providers()[0]}")
-        self.device = device
+        opened = open_session(
+            onnx, Device.parse(device), threads or whole_cores(), memory_mb=memory_mb
+        )
+        self._session, self.fallback = opened.session, opened.fallback
+        self._device = opened.device
+        self.device = str(opened.device)
+        # The batch sizes that it is run with, see `bind`; empty where any will do.
+        self.sizes: tuple[int, ...] = ()
+        self._bound: dict[int, _Bound] = {}
         self._read_contract()
 
     def _read_contract(self) -> None:
@@ -91,12 +92,14 @@ class Model:
         self.fixed_batch: int | None = shape[0] if isinstance(shape[0], int) else None
 
     @classmethod
-    def load(cls, bundle: Bundle, device: Device = "auto", threads: int = 0) -> "Model":
-        """Loads a version, warms its batch sizes and has it prove itself on its golden inputs.
+    def load(
+        cls, bundle: Bundle, device: str = "auto", threads: int = 0, *, memory_mb: float = 0.0
+    ) -> "Model":
+        """Loads a version and has it prove itself on its golden inputs.
 
         Raises BrokenVersion where it contradicts its manifest or gives other answers.
         """
-        model = cls(bundle.onnx, device, threads)
+        model = cls(bundle.onnx, device, threads, memory_mb=memory_mb)
         manifest = bundle.manifest
         said = (manifest.input, manifest.output, manifest.pixels.shape)
         if said != (model.input, model.output, model.shape):
@@ -110,8 +113,33 @@ class Model:
                 f"{bundle.folder}: the graph's batch axis is {model.fixed_batch or 'free'}, "
                 f"the manifest says {fixed or 'free'}"
             )
+        if model._device.kind != "cpu" and not fixed:
+            model.bind(buckets(manifest.max_batch_size), len(manifest.labels))
         model.prove(bundle)
         return model
+
+    def bind(self, sizes: Sequence[int], classes: int) -> None:
+        """Has batches of these sizes run in memory that stays bound to the session: on a card, memory
+        of the host that it reads and writes itself. See `buffer`.
+        """
+        self.sizes = tuple(sizes)
+        memory = host_memory(self._device)
+        for size in sizes:
+            pixels, probabilities = (
+                ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, **memory)
+                for shape, kind in (((size, *self.shape), np.uint8), ((size, classes), np.float32))
+            )
+            binding = self._session.io_binding()
+            binding.bind_ortvalue_input(self.input, pixels)
+            binding.bind_ortvalue_output(self.output, probabilities)
+            self._bound[size] = _Bound(_view(pixels), _view(probabilities), binding)
+
+    def buffer(self, size: int) -> Pixels | None:
+        """Where the pixels of a batch of `size` are best put together: given to `run`, they are not
+        copied. None where any array will do.
+        """
+        bound = self._bound.get(size)
+        return bound.pixels if bound else None
 
     def prove(self, bundle: Bundle) -> None:
         """Raises BrokenVersion where it does not give the golden answers, alone and in the largest
@@ -165,7 +193,8 @@ class Model:
                 record(size, now - began)
                 if now > ends:
                     break
-            if now > ends and size not in (1, largest):
+            # On a card none may be cold; elsewhere all are alike.
+            if now > ends and size not in (1, largest) and not self.sizes:
                 return
 
     def run(self, pixels: Pixels) -> Probabilities:
@@ -186,8 +215,22 @@ class Model:
         return np.concatenate(parts)
 
     def _run(self, pixels: Pixels) -> Probabilities:
+        bound = self._bound.get(len(pixels))
         try:
-            answer: Probabilities = self._session.run([self.output], {self.input: pixels})[0]
+            if bound is None:
+                answer: Probabilities = self._session.run([self.output], {self.input: pixels})[0]
+                return answer
+            if pixels is not bound.pixels:
+                np.copyto(bound.pixels, pixels, casting="no")
+            self._session.run_with_iobinding(bound.binding)
         except Exception as error:
             raise InferenceFailed(str(error)) from error
-        return answer
+        return bound.probabilities.copy()
+
+
+def _view(value: ort.OrtValue) -> npt.NDArray[Any]:
+    """The memory of a value of ONNX Runtime's, which the array keeps alive."""
+    kind = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}[value.data_type()]
+    memory = (ctypes.c_char * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+    memory.owner = value
+    return np.frombuffer(memory, kind).reshape(value.shape())

@@ -244,9 +244,15 @@ def runs_here(
     its batches take.
     """
 
-    def make(bundle: Bundle) -> tuple[str, Batcher]:
+    def make(bundle: Bundle) -> Made:
         name, size = bundle.name, bundle.manifest.max_batch_size
-        model = Model.load(bundle, settings.device, budget.run_threads)
+        model = Model.load(
+            bundle, settings.device, budget.run_threads, memory_mb=settings.gpu_memory_mb
+        )
+        if model.fallback:
+            log.warning("%s/%d %s", name, bundle.version, model.fallback)
+        if settings.deterministic:
+            model.bind((size,), len(bundle.manifest.labels))
         times = BatchTimes(size)
         model.measure(bundle, times.record)
 
@@ -259,14 +265,25 @@ def runs_here(
             size,
             times=times,
             max_wait_s=settings.max_wait_s,
-            deterministic=settings.deterministic,
+            sizes=model.sizes,
+            buffer=model.buffer,
             on_batch=record,
             on_bug=on_bug,
             name=f"batcher {name}/{bundle.version}",
         )
-        return model.device, batcher
+        return Made(model.device, batcher, model.fallback)
 
     return make
+
+
+class Made(NamedTuple):
+    """The batcher of a version, the device that its batches run on, and why, where that is not what
+    was preferred.
+    """
+
+    device: str
+    batcher: Batcher | RemoteBatcher
+    fallback: str = ""
 
 
 class Pin(NamedTuple):
@@ -287,8 +304,8 @@ def serving(pins: Mapping[str, Pin]) -> str:
     )
 
 
-# The batcher of a version, and the device that its batches run on; raises BrokenVersion.
-Make = Callable[[Bundle], tuple[str, Batcher | RemoteBatcher]]
+# Raises BrokenVersion.
+Make = Callable[[Bundle], Made]
 
 
 class Repository:
@@ -353,7 +370,7 @@ class Repository:
         for version in versions:
             try:
                 bundle = bundles.read(self.folder / name / str(version))
-                device, batcher = self._make(bundle)
+                device, batcher, fallback = self._make(bundle)
             # Whatever is wrong with one version, the others and the other models can be served.
             except Exception as error:
                 unforeseen = None if isinstance(error, BrokenVersion) else error
@@ -362,7 +379,10 @@ class Repository:
                 continue
             served = Served(bundle, device, batcher, self._decoders, self._metrics, self._settings)
             self._metrics.serving(name, version, bundle.sha256, device)
-            return Entry(name, served, reasons[0] if reasons else "", len(reasons))
+            self._metrics.fallback(name, bool(fallback))
+            return Entry(
+                name, served, "; ".join((*reasons[:1], *filter(None, [fallback]))), len(reasons)
+            )
         reason = reasons[0] if reasons else "no version of it works"
         return Entry(name, None, reason, len(reasons))
 

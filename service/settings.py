@@ -3,6 +3,7 @@
 Only the command line reads the environment; everything else is handed a `Settings`.
 """
 
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,6 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-
-Device = Literal["auto", "cpu", "cuda"]
 
 # The names by which files in a folder are taken for images; bytes are judged by what they hold.
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
@@ -24,6 +23,11 @@ Seconds = Annotated[float, Parameter(validator=Number(gte=0))]
 Labels = Annotated[int, Parameter(validator=Number(gte=1, lt=2**31))]
 Version = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
 Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
+
+
+def _known(_: object, device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|(cuda|tensorrt)(:\d+)?", device, re.ASCII):
+        raise ValueError(f"no device {device!r}: auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N")
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,13 @@ class Settings:
     metrics_port: Port = 8002
     """HTTP port of /metrics, /healthz and /readyz; 0 takes a free one."""
 
-    device: Device = "auto"
-    """Where models run: auto takes CUDA where the installed ONNX Runtime offers it; cuda refuses to
-    start without."""
+    device: Annotated[str, Parameter(validator=_known)] = "auto"
+    """Where models run: auto, cpu, cuda or tensorrt; with cuda:N or tensorrt:N on card N. auto takes
+    CUDA where it works, else the CPU, and says so; the others refuse to start where they can't be
+    had. With several processes and no N, each takes the next card."""
+
+    gpu_memory_mb: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
+    """Megabytes of a card's memory that each model may take; 0 for no bound."""
 
     acceptors: Count = 1
     """Processes that take calls and decode images, all on the one port."""

@@ -19,14 +19,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from service import gpu
 from service.acceptor import Acceptor, is_short, no_port
 from service.batcher import Batcher
 from service.bundle import Bundle
 from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatcher, listen
 from service.cpu import Budget, split, usable_cores
+from service.device import Device
 from service.errors import ConvoyError
 from service.metrics import Metrics, Snapshot, merge
-from service.repository import Make, Pin, Repository, runs_here, serving
+from service.repository import Made, Make, Pin, Repository, runs_here, serving
 from service.settings import Settings, default_models
 
 log = logging.getLogger("convoy.workers")
@@ -190,10 +192,10 @@ class _Worker:
         """What makes a batcher whose batches run in the engines."""
         settings, pins = self._orders.settings, self._orders.pins or {}
 
-        def make(bundle: Bundle) -> tuple[str, RemoteBatcher]:
+        def make(bundle: Bundle) -> Made:
             device = pins[bundle.name].device
             info = _info(bundle, device)
-            return device, RemoteBatcher(engines, info, max_wait_s=settings.max_wait_s)
+            return Made(device, RemoteBatcher(engines, info, max_wait_s=settings.max_wait_s))
 
         return make
 
@@ -236,6 +238,14 @@ class _Member:
         return self.orders.listener >= 0
 
 
+def on_card(settings: Settings, n: int, cards: Callable[[], int] = gpu.count) -> Settings:
+    """What the nth process that runs batches is to be: on the next card, where none is named."""
+    device = Device.parse(settings.device)
+    if device.kind == "cpu" or device.number is not None or not (there := cards()):
+        return settings
+    return replace(settings, device=str(device._replace(number=n % there)))
+
+
 class Supervisor:
     """Starts the workers, replaces those that die, adds their metrics up, and stops them in order."""
 
@@ -266,12 +276,14 @@ class Supervisor:
             paths = tuple(str(Path(folder) / f"engine-{n}") for n in range(engines))
             listeners = [listen(path) for path in paths]
             for n, listener in enumerate(listeners):
+                here = on_card(settings, n)
                 self._members.append(
-                    _Member(Orders(f"engine-{n}", settings, budget, listener=listener.fileno()))
+                    _Member(Orders(f"engine-{n}", here, budget, listener=listener.fileno()))
                 )
             for n in range(acceptors):
+                here = settings if engines else on_card(settings, n)
                 self._members.append(
-                    _Member(Orders(f"acceptor-{n}", settings, budget, self._port, engines=paths))
+                    _Member(Orders(f"acceptor-{n}", here, budget, self._port, engines=paths))
                 )
             try:
                 while not self._ended():

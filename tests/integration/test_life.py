@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import classifier_pb2 as pb
 from protos import inference_pb2 as oip
+from service import gpu
 from service.bundle import Golden
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
@@ -308,6 +309,18 @@ def test_an_unforeseen_error_in_one_version_stops_no_other(tmp_path: Path) -> No
         assert "recursion" in odd.reason
         assert "odd/1 is not served" in server.log
         assert "RecursionError" in server.log, "without a stack nobody can mend it"
+
+
+@pytest.mark.skipif(gpu.count() > 0, reason="this machine has a card")
+@pytest.mark.parametrize("topology", [(), ("--acceptors", "1", "--engines", "1")])
+def test_cuda_that_is_not_there_ends_it_with_the_reason(
+    models: Path, topology: tuple[str, ...]
+) -> None:
+    with contextlib.closing(Server("--device", "cuda", *topology, models=models)) as server:
+        assert server.wait() == 1
+        assert "device cuda" in server.log
+        assert "is not to be had" in server.log
+        assert "Traceback" not in server.log
 
 
 def test_what_is_no_model_is_named_once(tmp_path: Path) -> None:

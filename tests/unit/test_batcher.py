@@ -965,7 +965,7 @@ def test_a_run_that_ends_the_thread_strands_nobody() -> None:
 
 
 def test_a_deterministic_batch_always_has_the_same_shape_and_zeros_behind() -> None:
-    bench = Bench(deterministic=True)
+    bench = Bench(sizes=(MAX,))
     bench.send(9, 9, 9, 9)
     bench.send(1)
     bench.send(2, 3)
@@ -975,7 +975,7 @@ def test_a_deterministic_batch_always_has_the_same_shape_and_zeros_behind() -> N
 
 
 def test_rows_of_a_failed_deterministic_batch_run_apart_in_the_same_shape() -> None:
-    bench = Bench(deterministic=True)
+    bench = Bench(sizes=(MAX,))
     bench.device.poison = {2}
     bench.send(1)
     bench.send(2)
@@ -984,7 +984,7 @@ def test_rows_of_a_failed_deterministic_batch_run_apart_in_the_same_shape() -> N
 
 
 def test_a_deterministic_batch_takes_as_long_as_a_full_one() -> None:
-    bench = Bench(linear, deterministic=True)
+    bench = Bench(linear, sizes=(MAX,))
     with pytest.raises(Overloaded):
         bench.send(1, deadline=13.0)
     bench.send(2, deadline=14.01)
@@ -1037,7 +1037,7 @@ def test_an_image_gets_the_same_answer_in_every_place_and_company(deterministic:
         most,
         times=BatchTimes(most),
         max_wait_s=FOREVER_S,
-        deterministic=deterministic,
+        sizes=(most,) if deterministic else (),
     )
     places = [(before, after) for before in range(most) for after in range(most - before)]
     for n, (before, after) in enumerate(places):
@@ -1054,9 +1054,43 @@ def test_an_image_gets_the_same_answer_in_every_place_and_company(deterministic:
         assert len({value.tobytes() for value in values}) == 1
 
 
+def test_batches_are_padded_to_the_sizes_that_are_run() -> None:
+    given: dict[int, Rows] = {}
+
+    def buffer(size: int) -> Rows:
+        return given.setdefault(size, np.full((size, 4), 255, np.uint8))
+
+    bench = Bench(max_batch_size=8, sizes=(1, 2, 4, 8), buffer=buffer)
+    ran: list[Rows] = []
+    run = bench.batcher._run
+    bench.batcher._run = lambda rows: ran.append(rows) or run(rows)  # type: ignore[func-returns-value]
+    for numbers in ((1,), (2, 3), (4, 5, 6), (7, 8, 9, 10, 11)):
+        bench.send(*numbers)
+        bench.run()
+    assert [len(rows) for rows in ran] == [1, 2, 4, 8]
+    # Where there was room, they are put together where the device reads them, zeros behind.
+    assert ran[2] is given[4]
+    assert ran[3] is given[8]
+    assert not ran[2][3:].any()
+    assert not ran[3][5:].any()
+    for first, count in ((1, 1), (2, 2), (4, 3), (7, 5)):
+        answer = bench.heard.answer(first)
+        assert (len(answer.outputs), answer.batch_size) == (count, count)
+
+
+def test_a_padded_batch_takes_as_long_as_one_of_its_size() -> None:
+    bench = Bench(linear, max_batch_size=8, sizes=(1, 2, 4, 8))
+    assert bench.batcher.wait_s(5) == bench.batcher.wait_s(8) > bench.batcher.wait_s(4)
+    # Time for 4 rows, but not for 8: the fifth waits for the next.
+    deadline = bench.clock() + bench.times.estimate(8) * 0.9
+    for number in range(1, 6):
+        bench.send(number, **({"deadline": deadline} if number == 1 else {}))
+    assert [len(batch) for batch in bench.run()] == [4, 1]
+
+
 def test_only_a_deterministic_batcher_hides_the_batch_size_from_the_model() -> None:
     def answers(deterministic: bool) -> set[float]:
-        bench = Bench(deterministic=deterministic)
+        bench = Bench(sizes=(MAX,) if deterministic else ())
         bench.batcher._run = lambda rows: np.full((len(rows), 1), len(rows), np.float32)
         for size in range(1, MAX + 1):
             bench.send(*range(100 * size, 100 * size + size))

@@ -186,6 +186,50 @@ def test_a_fixed_batch_is_filled_up_and_the_rest_cut_off(batch: int, count: int)
     assert np.allclose(answers, expected(pixels(count)), atol=1e-5)
 
 
+def bound(*sizes: int) -> Model:
+    model = cpu(classifier())
+    model.bind(sizes, 3)
+    return model
+
+
+def test_batches_of_bound_sizes_run_in_memory_that_stays() -> None:
+    model = bound(1, 4)
+    assert model.sizes == (1, 4)
+    assert model.buffer(2) is None
+    kept: list[Any] = []
+    for seed in range(3):
+        buffer = model.buffer(4)
+        assert buffer is not None
+        assert buffer is model.buffer(4)
+        buffer[...] = np.random.default_rng(seed).integers(0, 256, buffer.shape, np.uint8)
+        kept.append((buffer.copy(), model.run(buffer)))
+    # An answer stays what it was when the next batch has run.
+    for rows, answers in kept:
+        assert np.allclose(answers, expected(rows), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_other_arrays_and_other_sizes_run_as_well(count: int) -> None:
+    answers = bound(1, 4).run(pixels(count))
+    assert np.allclose(answers, expected(pixels(count)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((4, 5, 4, 3), np.uint8), np.zeros((4, *SHAPE), np.int8)]
+)
+def test_what_does_not_fit_bound_memory_has_failed(wrong: Any) -> None:
+    with pytest.raises(InferenceFailed):
+        bound(4).run(wrong)
+
+
+def test_every_bound_size_is_warm_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.model._MEASURE_S", 0.0)
+    bundle, model = version(), bound(1, 2, 4, 8)
+    seen: list[int] = []
+    model.measure(bundle, lambda size, seconds: seen.append(size))
+    assert sorted(set(seen)) == [1, 2, 4, 8]
+
+
 # The proof.
 
 

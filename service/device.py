@@ -1,0 +1,170 @@
+"""Where a model runs: ONNX Runtime's provider, its options, and whether it really is the one."""
+
+import contextlib
+import io
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import onnxruntime as ort
+
+from service.errors import BrokenVersion
+
+log = logging.getLogger("convoy.device")
+
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+# Where one of these runs on the CPU, the card is not what does the work. Others may: ONNX Runtime
+# puts the arithmetic of shapes there by intention.
+_HEAVY = re.compile("Conv|Gemm|MatMul|Pool|Normalization|Softmax|Resize|Einsum|LSTM|GRU|Attention")
+
+# https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html
+_CUDA_OPTIONS = {
+    # EXHAUSTIVE times every algorithm at the first run of each shape, seconds for each.
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # The default doubles what it holds and never gives back.
+    "arena_extend_strategy": "kSameAsRequested",
+}
+
+
+class Device(NamedTuple):
+    """`auto`, `cpu`, `cuda` or `tensorrt`; the card's number where one is named."""
+
+    kind: str
+    number: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Device":
+        """Of what `Settings.device` may be."""
+        kind, _, number = text.partition(":")
+        return cls(kind, int(number) if number else None)
+
+    def __str__(self) -> str:
+        return self.kind if self.number is None else f"{self.kind}:{self.number}"
+
+
+class Opened(NamedTuple):
+    """A session, where it runs, and why that is not what was preferred."""
+
+    session: ort.InferenceSession
+    device: Device
+    fallback: str = ""
+
+
+def open_session(onnx: bytes, device: Device, threads: int, *, memory_mb: float = 0.0) -> Opened:
+    """A session for `onnx`; `threads` is for the CPU, `memory_mb` (10^6 bytes) bounds what the card
+    lends it, 0 for no bound.
+
+    Raises BrokenVersion where the file can't be loaded or the device can't be had: `cuda` is never
+    answered with a CPU. `auto` takes CUDA where there is one, and says why it did not where this
+    ONNX Runtime has it.
+    """
+    if device.kind != "auto":
+        return _open(onnx, device, threads, memory_mb)
+    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+        return _open(onnx, Device("cpu"), threads, memory_mb)
+    try:
+        return _open(onnx, Device("cuda", device.number), threads, memory_mb)
+    except BrokenVersion as error:
+        opened = _open(onnx, Device("cpu"), threads, memory_mb)
+        return opened._replace(fallback=f"runs on the CPU, not on CUDA: {error}")
+
+
+def _open(onnx: bytes, device: Device, threads: int, memory_mb: float) -> Opened:
+    provider, available = _PROVIDERS[device.kind], ort.get_available_providers()
+    if provider not in available:
+        raise BrokenVersion(
+            f"device {device} is not to be had: this ONNX Runtime offers {', '.join(available)}; "
+            "install convoy-serving[gpu] in place of [cpu], or choose --device cpu"
+        )
+    ort.set_default_logger_severity(3)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # A spinning pool takes the cores from the threads that decode and talk to callers.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers: list[Any] = [provider]
+    if device.kind != "cpu":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        number = device.number or 0
+        device = Device(device.kind, number)
+        cuda: dict[str, str] = {**_CUDA_OPTIONS, "device_id": str(number)}
+        if memory_mb:
+            cuda["gpu_mem_limit"] = str(int(memory_mb * 1e6))
+        providers = [(_PROVIDERS["cuda"], cuda)]
+        if device.kind == "tensorrt":
+            # Engines take minutes to build; they are kept for the next start.
+            cache = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
+            providers.insert(0, (provider, {**cache, "device_id": str(number)}))
+        _preload()
+    try:
+        session = ort.InferenceSession(onnx, options, providers=providers)
+    # ONNX Runtime raises classes of its own that share no base but Exception.
+    except Exception as error:
+        raise BrokenVersion(f"ONNX Runtime can't load the model: {error}") from error
+    if session.get_providers()[0] != provider:
+        raise BrokenVersion(
+            f"device {device} is not to be had: ONNX Runtime took {session.get_providers()[0]}; is "
+            "there a card, a driver, and the libraries of convoy-serving[gpu]?"
+        )
+    if device.kind != "cpu" and (strays := heavy_on_cpu(assignment(session))):
+        raise BrokenVersion(
+            f"device {device}: these would run on the CPU: {', '.join(strays[:10])}"
+            + (f", and {len(strays) - 10} more" if len(strays) > 10 else "")
+        )
+    return Opened(session, device)
+
+
+def _preload() -> None:
+    """CUDA and cuDNN from the wheels of the extra `gpu`."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # it prints what it does not find
+        ort.preload_dlls()
+    for line in said.getvalue().splitlines():
+        log.debug("%s", line)
+
+
+def host_memory(device: Device) -> dict[str, Any]:
+    """What asks `OrtValue.ortvalue_from_shape_and_type` for memory of this host that the device
+    reads and writes itself (on a card: pinned).
+    """
+    if device.kind == "cpu":
+        return {}
+    cards = [each for each in ort.get_ep_devices() if each.ep_name == _PROVIDERS["cuda"]]
+    for card in cards:
+        if card.ep_options.get("device_id", "0") == str(device.number):
+            info = card.memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE)
+            if info is not None:
+                return {"memory_info": info}
+    log.info("%s: no pinned memory to be had; ONNX Runtime copies twice", device)
+    return {}
+
+
+def assignment(session: ort.InferenceSession) -> list[tuple[str, str, str]]:
+    """Which provider runs which node: provider, kind of operation, name."""
+    return [
+        (group.ep_name, node.op_type, node.name)
+        for group in session.get_provider_graph_assignment_info()
+        for node in group.get_nodes()
+    ]
+
+
+def heavy_on_cpu(nodes: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Those nodes of `assignment` that make up the work and run on the CPU."""
+    return [
+        f"{operation} {name!r}"
+        for provider, operation, name in nodes
+        if provider == _PROVIDERS["cpu"] and _HEAVY.search(operation)
+    ]
+
+
+def buckets(largest: int) -> tuple[int, ...]:
+    """The batch sizes that are run on a card: powers of two, and the largest. There every new shape
+    costs a search for algorithms and memory at its first run.
+    """
+    return (*(1 << n for n in range((largest - 1).bit_length())), largest)
