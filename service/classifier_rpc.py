@@ -1,5 +1,6 @@
 """convoy.v1.ImageClassifier <-> the core: protos/classifier.proto says what each call means."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,6 @@ import numpy as np
 from protos import classifier_pb2 as pb
 from service import bundle as bundles
 from service.batcher import Answer
-from service.bundle import Probabilities
 from service.errors import InvalidImage, InvalidRequest
 from service.front import Call, Front
 from service.images import Pixels
@@ -33,6 +33,21 @@ class ClassifierRpc:
         front.unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest, self.list_models, always=True)
 
     async def classify(self, request: pb.ClassifyRequest, call: Call) -> pb.ClassifyResponse:
+        response = pb.ClassifyResponse()
+        await self._answer(request, call, response)
+        return response
+
+    async def classify_one(
+        self, message: pb.ClassifyStreamRequest, call: Call
+    ) -> pb.ClassifyStreamResponse:
+        response = pb.ClassifyStreamResponse(id=message.id)
+        await self._answer(message.request, call, response.response)
+        return response
+
+    async def _answer(
+        self, request: pb.ClassifyRequest, call: Call, response: pb.ClassifyResponse
+    ) -> None:
+        """Fills in the `response`: messages that are put into others are copied."""
         served = self._repository.get(request.model, request.version)
         call.model = served.name
         if not request.images:
@@ -46,24 +61,14 @@ class ClassifierRpc:
         if readable:
             pixels = readable[0][np.newaxis] if len(readable) == 1 else np.stack(readable)
             answer = await served.run(pixels, call.deadline)
-        response = pb.ClassifyResponse(
-            model=served.name,
-            version=served.version,
-            results=_results(served, decoded, answer, request.top_k or 1),
-        )
+        response.model, response.version = served.name, served.version
+        _add_results(response, served, decoded, answer, request.top_k or 1)
         timings = response.timings
         timings.decode_s = decode_s
         if answer:
             timings.queue_s, timings.run_s = answer.queue_s, answer.run_s
             timings.batch_size = answer.batch_size
         timings.total_s = time.monotonic() - call.arrived
-        return response
-
-    async def classify_one(
-        self, message: pb.ClassifyStreamRequest, call: Call
-    ) -> pb.ClassifyStreamResponse:
-        response = await self.classify(message.request, call)
-        return pb.ClassifyStreamResponse(id=message.id, response=response)
 
     async def list_models(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
@@ -115,29 +120,29 @@ def _input(image: pb.Image) -> bytes | Pixels | InvalidImage:
     return np.frombuffer(pixels.data, np.uint8).reshape(shape)
 
 
-def _results(
-    served: Served, decoded: list[Pixels | InvalidImage], answer: Answer | None, top_k: int
-) -> list[pb.ImageResult]:
+def _add_results(
+    response: pb.ClassifyResponse,
+    served: Served,
+    decoded: list[Pixels | InvalidImage],
+    answer: Answer | None,
+    top_k: int,
+) -> None:
     rows = iter(answer.outputs if answer else np.empty(0, np.float32))
-    results = []
     for item in decoded:
+        result = response.results.add()
         if isinstance(item, InvalidImage):
-            results.append(_failed(grpc.StatusCode.INVALID_ARGUMENT, str(item)))
+            error = result.error
+            error.code, error.message = grpc.StatusCode.INVALID_ARGUMENT.value[0], str(item)
             continue
         row = next(rows)
-        if not np.isfinite(row[0]):
-            results.append(_failed(grpc.StatusCode.INTERNAL, "the model failed on this image"))
+        best = row.argmax()  # NaN where there is one
+        if not math.isfinite(row[best]):
+            error = result.error
+            error.code = grpc.StatusCode.INTERNAL.value[0]
+            error.message = "the model failed on this image"
             continue
-        labels = best(row, served.manifest.labels, top_k)
-        results.append(pb.ImageResult(classification=pb.Classification(labels=labels)))
-    return results
-
-
-def _failed(code: grpc.StatusCode, words: str) -> pb.ImageResult:
-    return pb.ImageResult(error=pb.Error(code=code.value[0], message=words))
-
-
-def best(row: Probabilities, labels: list[str], top_k: int) -> list[pb.Label]:
-    """The `top_k` most probable labels, best first; equal ones in the order of the classes."""
-    order = [row.argmax()] if top_k == 1 else np.argsort(-row, kind="stable")[:top_k]
-    return [pb.Label(index=int(i), name=labels[i], probability=row[i]) for i in order]
+        # The best first; equal ones in the order of the classes.
+        order = (best,) if top_k == 1 else np.argsort(-row, kind="stable")[:top_k]
+        labels = result.classification.labels
+        for index in order:
+            labels.add(index=index, name=served.manifest.labels[index], probability=row[index])
