@@ -61,11 +61,10 @@ class Acceptor:
                 ("grpc.so_reuseport", int(shared_port)),
                 # gRPC answers calls that it has not yet handed to us with CANCELLED, from 1000 on
                 # now and then, from 3000 on always. Ours is RESOURCE_EXHAUSTED, and is counted.
-                # All that a read brings is taken at once; of more than these the rest would be read by
-                # another thread, after the next batch.
-                ("grpc.http2.max_requests_per_read", 100_000),
                 ("grpc.server.max_pending_requests", 100_000),
                 ("grpc.server.max_pending_requests_hard_limit", 200_000),
+                # A read hands on 32 calls, and leaves the rest of what it brought to another thread.
+                ("grpc.http2.max_requests_per_read", 100_000),
             ],
             public=settings.front == "public",
         )

@@ -698,15 +698,17 @@ class Batcher:
             rows = ticket.rows[start:stop]
             if rows.flags.c_contiguous and len(rows) == self._padded(len(rows)):
                 return rows, len(rows)
-        size = sum(stop - start for _, start, stop in batch)
+        # Taken once: those of a request that ends meanwhile are gone.
+        parts = [ticket.rows[start:stop] for ticket, start, stop in batch]
+        size = sum(map(len, parts))
         padded = self._padded(size)
         buffer = self._buffers[bisect_left(self._sizes, padded)]
         if len(buffer) != padded:
             buffer = buffer[:padded]
         end = 0
-        for ticket, start, stop in batch:
-            begin, end = end, end + stop - start
-            buffer[begin:end] = ticket.rows[start:stop]
+        for rows in parts:
+            begin, end = end, end + len(rows)
+            buffer[begin:end] = rows
         buffer[end:] = 0
         return buffer, size
 
@@ -727,8 +729,9 @@ class Batcher:
             return None, np.ones(size, np.bool_)
         outputs = outputs[:size]
         # One that is not finite makes the sum so; looking at each costs several times as much.
-        if math.isfinite(np.add.reduce(outputs, axis=None)):
-            return outputs, None
+        with np.errstate(invalid="ignore", over="ignore"):
+            if math.isfinite(np.add.reduce(outputs, axis=None)):
+                return outputs, None
         bad = np.logical_not(np.logical_and.reduce(np.isfinite(outputs), axis=1))
         if not bad.any():
             return outputs, None

@@ -69,14 +69,14 @@ class Call:
         # What it holds in memory, in bytes; `Front.hold` adds to it.
         self.held = 0
 
-    def limit(self, deadline: float) -> bool:
-        """The caller asked, in the request itself, for an answer by then. False where gRPC's own
-        deadline is earlier.
-        """
-        earlier = self.deadline is None or deadline < self.deadline
-        if earlier:
+    def limit(self, deadline: float) -> None:
+        """The caller asked, in the request itself, for an answer by then."""
+        if self.deadline is None or deadline < self.deadline:
             self.deadline = deadline
-        return earlier
+            self._end_by(deadline)
+
+    def _end_by(self, deadline: float) -> None:
+        """Where gRPC does not end it by itself."""
 
 
 Handler = Callable[[Any, Call], Coroutine[Wait[Any], Any, Message | bytes]]
@@ -237,7 +237,9 @@ class Front:
                 f"{self._max_in_flight} requests are in flight here: back off, then retry"
             )
         if deadline is not None and deadline <= time.monotonic():
-            return errors.DeadlineExceeded("the deadline passed before this call was read")
+            return errors.Overloaded(
+                "by when this call was read, the time that it allowed was over: back off, then retry"
+            )
         if self._held >= self._max_held:
             return self._full()
         try:
@@ -326,11 +328,8 @@ class _Unary(Call):
         exchange.on_closed = front.closed
         exchange.read(self._received)
 
-    def limit(self, deadline: float) -> bool:
-        earlier = super().limit(deadline)
-        if earlier:
-            self._timer = self._route.front.loop.at(deadline, self._expired)
-        return earlier
+    def _end_by(self, deadline: float) -> None:
+        self._timer = self._route.front.loop.at(deadline, self._expired)
 
     def _received(self, data: bytes | None) -> None:
         route, exchange = self._route, self._exchange

@@ -198,8 +198,8 @@ class CoreServer(Loop):
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(tuple(options), False)
         self._server.register_completion_queue(self._queue)
-        # When nothing was left to take in, at the last look.
-        self._idle_at = time.monotonic()
+        # How long calls may have lain in a socket before they were read.
+        self._away_s = 0.0
         self._woken = False
         self._waking = threading.Lock()
         self._shut = False
@@ -225,31 +225,33 @@ class CoreServer(Loop):
 
     def _take_events(self) -> None:
         poll, timed_out = self._queue.poll, self._core.CompletionType.queue_timeout
-        nap, events = self._chores(), 0
+        nap, events, began = self._chores(), 0, time.monotonic()
         while not self._stopping:
             # A deadline in 1970 asks for what is there now. One that has just passed would wait for
             # a millisecond.
             event = poll(0.0)
             if event.completion_type == timed_out:
-                if self.waiting():
-                    # Under load gRPC reads on threads of its own too, which may want this core.
+                waiting = self.waiting()
+                if waiting:
+                    # Threads of gRPC's own read too now and then, and may want this core.
                     os.sched_yield()
-                    event = poll(0.0)
-                else:
+                # The first may have found no more than that an operation of ours was over.
+                event = poll(0.0)
+                if event.completion_type == timed_out and not waiting:
                     event = poll(time.time() + nap)
-                    self._idle_at = time.monotonic()
-            if event.completion_type != timed_out:
+                    events, began, self._away_s = 0, time.monotonic(), 0.0
+            nothing = event.completion_type == timed_out
+            if not nothing:
                 event.tag(event)
                 # It holds the call: kept over the next poll, it would be closed late.
                 event = None
                 events += 1
-            else:
-                self._idle_at = time.monotonic()
-                events = _EVENTS_A_BATCH
-            if events >= _EVENTS_A_BATCH:
-                events = 0
+            if nothing or events >= _EVENTS_A_BATCH:
+                since = time.monotonic() if nothing else began
                 if self.waiting():
                     self.step()
+                events, began = 0, time.monotonic()
+                self._away_s = began - since
             if self._posted or self._timers:
                 nap = self._chores()
 
@@ -264,10 +266,10 @@ class CoreServer(Loop):
         details = event.call_details
         deadline: float | None = details.deadline
         if deadline is not None:
-            # gRPC counts from when it read the call. Under load that lay in a socket before, for all
-            # the time since one was seen empty at worst.
-            left_s = deadline - time.time()
-            deadline = None if deadline > _NEVER_S else self._idle_at + left_s
+            # gRPC counts from when it read the call, which under load lay in a socket before: at
+            # worst since this thread last left them alone.
+            left_s = deadline - time.time() - self._away_s
+            deadline = None if deadline > _NEVER_S else time.monotonic() + left_s
         self.on_call(
             _CoreExchange(
                 self._core,

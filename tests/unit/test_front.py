@@ -326,7 +326,8 @@ def test_what_cannot_be_done_in_time_is_refused_unread() -> None:
 def test_what_is_read_after_its_deadline_is_refused_unread() -> None:
     house = House()
     refused = house.call(deadline=time.monotonic())
-    assert refused.code is Code.DEADLINE_EXCEEDED
+    assert refused.code is Code.RESOURCE_EXHAUSTED
+    assert "grpc-retry-pushback-ms" in refused.trailers
     assert not refused.accepted
     assert house.call(deadline=time.monotonic() + 60).accepted
 

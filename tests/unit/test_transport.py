@@ -1035,14 +1035,14 @@ def test_the_public_server_can_be_asked_for(caplog: pytest.LogCaptureFixture) ->
     assert caplog.text == ""
 
 
-def test_a_deadline_counts_from_when_the_socket_was_last_seen_empty() -> None:
+def test_a_deadline_counts_from_when_the_loop_left_the_sockets_alone() -> None:
     loop = CoreServer(OPTIONS)
     loop.stop()  # it does not ask for another call then
     calls: list[Exchange] = []
     loop.on_call = calls.append
     now = time.monotonic()
-    for busy_s, deadline in ((0.0, time.time() + 10), (3.0, time.time() + 10), (3.0, math.inf)):
-        loop._idle_at = now - busy_s
+    for away_s, deadline in ((0.0, time.time() + 10), (3.0, time.time() + 10), (3.0, math.inf)):
+        loop._away_s = away_s
         details = SimpleNamespace(method=b"/test/0", deadline=deadline)
         loop._on_call(
             SimpleNamespace(success=True, call=None, call_details=details, invocation_metadata=())
@@ -1051,3 +1051,48 @@ def test_a_deadline_counts_from_when_the_socket_was_last_seen_empty() -> None:
     assert at_once == pytest.approx(now + 10, abs=0.1)
     assert late == pytest.approx(now + 7, abs=0.1)
     assert unlimited is None
+
+
+def test_calls_that_came_during_a_batch_are_taken_for_as_old_as_it_was_long() -> None:
+    with Server(CoreServer) as server, contextlib.ExitStack() as stack:
+        left: queue.SimpleQueue[float] = queue.SimpleQueue()
+        running, sent = threading.Event(), threading.Event()
+        wanted, batch_s = [True], 0.4
+
+        def step() -> None:
+            wanted.clear()
+            running.set()
+            sent.wait(TIMEOUT_S)
+            ends = time.monotonic() + batch_s
+            while time.monotonic() < ends:
+                pass
+
+        def note(exchange: Exchange) -> None:
+            assert exchange.deadline is not None
+            left.put(exchange.deadline - time.monotonic())
+            exchange.refuse(Code.UNAVAILABLE.value[0], "noted")
+
+        path = server.serve(note)
+        # Of connections that are there already, several calls each.
+        calls: list[Any] = [
+            stack.enter_context(server.channel()).unary_unary(path) for _ in range(5)
+        ]
+        for call in calls:
+            with pytest.raises(grpc.RpcError):
+                call(b"", timeout=10)
+            assert left.get() == pytest.approx(10, abs=0.2)
+        server.loop.step = step
+        server.loop.waiting = lambda: bool(wanted)
+        assert running.wait(TIMEOUT_S)
+        futures = [call.future(b"", timeout=10) for call in calls for _ in range(4)]
+        sent.set()
+        for future in futures:
+            assert future.code() is Code.UNAVAILABLE
+        for _ in futures:
+            assert left.get() < 10 - batch_s
+        # When that has been taken in, calls are as young as ever.
+        for _ in range(100):
+            with pytest.raises(grpc.RpcError):
+                calls[0](b"", timeout=10)
+            last = left.get()
+        assert last == pytest.approx(10, abs=0.2)
