@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import onnxruntime as ort
@@ -129,20 +129,25 @@ def _preload() -> None:
         log.debug("%s", line)
 
 
-def host_memory(device: Device) -> dict[str, Any]:
-    """What asks `OrtValue.ortvalue_from_shape_and_type` for memory of this host that the device
-    reads and writes itself (on a card: pinned).
+def host_value(device: Device, shape: Sequence[int], kind: type) -> ort.OrtValue:
+    """A value in memory of this host: pinned, so that a card reads and writes it itself, where ONNX
+    Runtime has that to give.
     """
-    if device.kind == "cpu":
-        return {}
-    cards = [each for each in ort.get_ep_devices() if each.ep_name == _PROVIDERS["cuda"]]
-    for card in cards:
-        if card.ep_options.get("device_id", "0") == str(device.number):
-            info = card.memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE)
-            if info is not None:
-                return {"memory_info": info}
-    log.info("%s: no pinned memory to be had; ONNX Runtime copies twice", device)
-    return {}
+    make = ort.OrtValue.ortvalue_from_shape_and_type
+    if device.kind != "cpu":
+        for each in ort.get_ep_devices():
+            here = each.ep_options.get("device_id", "0") == str(device.number)
+            if each.ep_name != _PROVIDERS["cuda"] or not here:
+                continue
+            info = each.memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE)
+            try:
+                if info is not None:
+                    return make(shape, kind, memory_info=info)
+            # Other memory does as well, only slower.
+            except Exception as error:
+                log.info("%s: %s", device, error)
+        log.info("%s has no pinned memory to give", device)
+    return make(shape, kind)
 
 
 def assignment(session: ort.InferenceSession) -> list[tuple[str, str, str]]:

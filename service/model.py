@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from service.bundle import Bundle, Probabilities
 from service.cpu import whole_cores
-from service.device import Device, buckets, host_memory, open_session
+from service.device import Device, buckets, host_value, open_session
 from service.errors import BrokenVersion, InferenceFailed
 from service.images import Pixels
 
@@ -123,12 +123,9 @@ class Model:
         of the host that it reads and writes itself. See `buffer`.
         """
         self.sizes = tuple(sizes)
-        memory = host_memory(self._device)
         for size in sizes:
-            pixels, probabilities = (
-                ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, **memory)
-                for shape, kind in (((size, *self.shape), np.uint8), ((size, classes), np.float32))
-            )
+            pixels = host_value(self._device, (size, *self.shape), np.uint8)
+            probabilities = host_value(self._device, (size, classes), np.float32)
             binding = self._session.io_binding()
             binding.bind_ortvalue_input(self.input, pixels)
             binding.bind_ortvalue_output(self.output, probabilities)
