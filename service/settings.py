@@ -75,7 +75,7 @@ class Settings:
     max_images: Count = 4096
     """Most images in one request; larger sets are for several requests, or a stream."""
 
-    max_in_flight: Count = 1024
+    max_in_flight: Count = 4096
     """Requests taken on at once; more are refused with RESOURCE_EXHAUSTED."""
 
     max_held_mb: Positive = 512.0
