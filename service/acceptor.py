@@ -101,9 +101,12 @@ class Acceptor:
         settings = self._settings
         try:
             return self._loop.bind(f"{bracketed(settings.host)}:{port}", _credentials(settings))
-        # gRPC does not say why; HTTP could listen on this host, so it must be the port.
+        # gRPC does not say why; HTTP could listen on this host, so it must be the port, or TLS.
         except RuntimeError:
-            raise no_port(settings.host, port, "--port", "it is taken, or not ours") from None
+            reason = "it is taken, or not ours"
+            if settings.tls_certificate:
+                reason += "; or --tls-certificate and --tls-key are no PEM files that fit together"
+            raise no_port(settings.host, port, "--port", reason) from None
 
     def run(self) -> None:
         """Serves until it was stopped and has drained."""

@@ -149,3 +149,15 @@ def test_half_of_what_tls_needs_is_told(models: Path, certificates: Certificates
         assert server.wait() == 1
         assert "TLS needs both --tls-certificate and --tls-key" in server.log
         assert "Traceback" not in server.log
+
+
+def test_a_key_that_is_none_is_told(
+    models: Path, certificates: Certificates, tmp_path: Path
+) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("no key")
+    tls = ("--tls-certificate", certificates.server.certificate, "--tls-key", key)
+    with contextlib.closing(Server(*tls, models=models)) as server:
+        assert server.wait() == 1
+        assert "--tls-certificate and --tls-key are no PEM files" in server.log
+        assert "Traceback" not in server.log
