@@ -6,7 +6,6 @@ Needs no TensorFlow: the networks have random weights (benchmarks/networks.py). 
 runs without a card, as far as that goes.
 """
 
-import argparse
 import contextlib
 import json
 import subprocess
@@ -209,16 +208,7 @@ def main() -> int:
         print(json.dumps(one(file, device, int(largest), json.loads(options), float(seconds))))
         return 0
     figures = ("options", "service")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("figures", nargs="*", metavar="figure", help=f"of {', '.join(figures)}")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if unknown := set(arguments.figures) - set(figures):
-        parser.error(f"no figure {', '.join(unknown)}: there is {', '.join(figures)}")
+    arguments = load.command_line(__doc__ or "", figures, "--device", default="cuda")
     made = Bench(arguments.device, arguments.seconds)
     for name in arguments.figures or figures:
         getattr(made, name)()

@@ -1,6 +1,6 @@
 """The service under load, as ratios taken in one run: what Convoy costs over what it is made of.
 
-python benchmarks/load.py [figure ...] [--rounds 3] [--seconds 3] [--json FILE]
+python benchmarks/load.py [figure ...] [--rounds 3] [--seconds 2] [--json FILE]
 
 The server has one core and the client the other, unless a figure says otherwise. What is compared is
 measured in turns, round after round; a figure is the median over the rounds. Needs two cores and the
@@ -501,6 +501,23 @@ def make_models() -> None:
         add(name, file, AddSettings(models=CACHE / "models", max_batch_size=size))
 
 
+def command_line(
+    description: str, figures: tuple[str, ...], flag: str, **details: Any
+) -> argparse.Namespace:
+    """What was asked for: some of `figures`, all that all benchmarks take, and one `flag` more."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("figures", nargs="*", metavar="figure", help=f"of {', '.join(figures)}")
+    parser.add_argument(flag, **details)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.figures) - set(figures):
+        parser.error(f"no figure {', '.join(unknown)}: there is {', '.join(figures)}")
+    return arguments
+
+
 def main() -> int:
     if sys.argv[1:2] == ["raw"]:
         onnx, seconds, jpeg = sys.argv[2:5]
@@ -510,17 +527,7 @@ def main() -> int:
         empty_server(sys.argv[2])
         return 0
     figures = ("batches", "singles", "fronts", "resnet", "goodput", "tail", "cores", "soak")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("figures", nargs="*", metavar="figure", help=f"of {', '.join(figures)}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    unknown = set(arguments.figures) - set(figures)
-    if unknown:
-        parser.error(f"no figure {', '.join(unknown)}: there is {', '.join(figures)}")
+    arguments = command_line(__doc__ or "", figures, "--rounds", type=int, default=3)
     make_models()
     made = Bench(arguments.rounds, arguments.seconds)
     # The soak takes its time: it is run where it is asked for.
