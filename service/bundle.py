@@ -3,7 +3,9 @@
 models/<name>/config.pbtxt, labels.txt    so that Triton serves the very same folder
 models/<name>/<version>/                  a positive integer; the highest is the newest
     model.onnx                            uint8 [N, H, W, C] in, float32 [N, classes] out
+    model.int8.onnx, model.fp16.onnx      the same in other precisions, where they passed the gate
     golden.npz                            a few real inputs and the answers they must give
+    report.html                           what a person reads
     manifest.json                         the rest, and the sha256 of the other files
 """
 
@@ -18,9 +20,10 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -32,7 +35,9 @@ from service.images import Pixels, Target
 
 Probabilities = npt.NDArray[np.float32]
 
-MODEL, GOLDEN, MANIFEST = "model.onnx", "golden.npz", "manifest.json"
+MODEL, GOLDEN, MANIFEST, REPORT = "model.onnx", "golden.npz", "manifest.json", "report.html"
+# The precisions that a version may hold, and where.
+VARIANTS = {"fp32": MODEL, "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
 _TEMPORARY, _ABANDONED_S = ".publishing-", 24 * 3600.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
@@ -65,6 +70,32 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A graph of the version in one precision, as it was measured when it was made."""
+
+    scores: Scores
+    # Share of the test images to which it gives the float32 graph's label.
+    label_agreement: float
+    images_per_s: float
+    # Over the float32 graph, both at the largest batch on the machine and the device named.
+    speedup: float
+    device: str
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """An answer is unsure where its label's probability is below that class's threshold, or below
+    `unsure`. Chosen on validation images; `coverage` is the share of test images that are sure,
+    `accuracy` the share of those that are right.
+    """
+
+    unsure: float
+    per_class: list[float]
+    coverage: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` holds. `scores` and `parity` are None where nobody measured them."""
 
@@ -77,6 +108,11 @@ class Manifest:
     files: dict[str, File] = field(default_factory=dict)
     scores: Scores | None = None
     parity: Parity | None = None
+    # By their names in VARIANTS, fp32 too; empty where nobody measured them.
+    variants: dict[str, Variant] = field(default_factory=dict)
+    thresholds: Thresholds | None = None
+    # All that was found on the test images: `training.evaluate.Evaluation`.
+    evaluation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     # The graph takes batches of exactly `max_batch_size`; smaller ones are padded to it.
     fixed_batch: bool = False
@@ -86,10 +122,13 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Golden:
-    """`pixels` uint8 [k, H, W, C] and the `probabilities` float32 [k, classes] they must give."""
+    """`pixels` uint8 [k, H, W, C] and the `probabilities` float32 [k, classes] they must give; those
+    of the graphs in other precisions by their names in VARIANTS.
+    """
 
     pixels: Pixels
     probabilities: Probabilities
+    variants: dict[str, Probabilities] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +141,8 @@ class Bundle:
     manifest: Manifest
     onnx: bytes = field(repr=False)
     golden: Golden = field(repr=False)
+    # Those in other precisions, by their names in VARIANTS.
+    variants: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def sha256(self) -> str:
@@ -144,17 +185,26 @@ def read(folder: Path) -> Bundle:
             raise BrokenVersion(f"{folder / MANIFEST}: does not list {name}")
     try:
         with np.load(io.BytesIO(data[GOLDEN]), allow_pickle=False) as arrays:
-            golden = Golden(arrays["pixels"], arrays["probabilities"])
+            others = {name: arrays[name] for name in VARIANTS if name in arrays}
+            golden = Golden(arrays["pixels"], arrays["probabilities"], others)
     # The readers of numpy, zip and zlib each raise their own.
     except Exception as error:
         raise BrokenVersion(f"{folder / GOLDEN}: {error}") from error
-    kinds = [(array.dtype.name, array.ndim) for array in (golden.pixels, golden.probabilities)]
-    if kinds != [("uint8", 4), ("float32", 2)]:
+    answers = (golden.probabilities, *golden.variants.values())
+    kinds = [(array.dtype.name, array.ndim) for array in (golden.pixels, *answers)]
+    if kinds != [("uint8", 4), *[("float32", 2)] * len(answers)]:
         raise BrokenVersion(
             f"{folder / GOLDEN}: expected pixels uint8 [k, H, W, C] and probabilities float32 "
             "[k, classes]"
         )
-    return Bundle(folder, folder.parent.name, int(folder.name), manifest, data[MODEL], golden)
+    variants = {
+        name: data[file] for name, file in VARIANTS.items() if file in data and file != MODEL
+    }
+    for name in variants:
+        if name not in golden.variants:
+            raise BrokenVersion(f"{folder / GOLDEN}: has no answers of {VARIANTS[name]}")
+    version = int(folder.name)
+    return Bundle(folder, folder.parent.name, version, manifest, data[MODEL], golden, variants)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -190,8 +240,17 @@ def _read_verified(path: Path, file: File) -> bytes:
     return data
 
 
-def write(model: Path, manifest: Manifest, onnx: bytes, golden: Golden) -> Bundle:
+def write(
+    model: Path,
+    manifest: Manifest,
+    onnx: bytes,
+    golden: Golden,
+    variants: Mapping[str, bytes] = MappingProxyType({}),
+    report: str = "",
+) -> Bundle:
     """Makes the next version in the folder `model` and returns it, read back and verified.
+
+    `variants`: graphs in other precisions by their names in VARIANTS, with answers in `golden`.
 
     The files are made in a temporary folder beside it, the manifest last, and appear by one
     rename: a reader sees the whole version or none, a kill or a full disk leaves nothing but a
@@ -201,8 +260,12 @@ def write(model: Path, manifest: Manifest, onnx: bytes, golden: Golden) -> Bundl
     """
     check_name(model.name)
     archive = io.BytesIO()
-    np.savez_compressed(archive, pixels=golden.pixels, probabilities=golden.probabilities)
+    arrays = {"pixels": golden.pixels, "probabilities": golden.probabilities}
+    np.savez_compressed(archive, **arrays, **golden.variants)
     files = {MODEL: onnx, GOLDEN: archive.getvalue()}
+    files.update((VARIANTS[name], data) for name, data in variants.items())
+    if report:
+        files[REPORT] = report.encode()
     listed = {
         name: File(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()
     }
