@@ -260,8 +260,8 @@ def write(
     """
     check_name(model.name)
     archive = io.BytesIO()
-    arrays = {"pixels": golden.pixels, "probabilities": golden.probabilities}
-    np.savez_compressed(archive, **arrays, **golden.variants)
+    answers = {"probabilities": golden.probabilities, **golden.variants}
+    np.savez_compressed(archive, allow_pickle=False, pixels=golden.pixels, **answers)
     files = {MODEL: onnx, GOLDEN: archive.getvalue()}
     files.update((VARIANTS[name], data) for name, data in variants.items())
     if report:
