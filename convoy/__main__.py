@@ -112,7 +112,7 @@ def classify(
     tls_ca
         PEM file of the authorities that vouch for a server with TLS.
     as_json
-        One JSON object a line: path, model, version, labels or error.
+        One JSON object a line: path, model, version, labels and unsure, or error.
     """
     from convoy.client import Classifier, ClassifierError
 
@@ -166,9 +166,10 @@ def _image_files(paths: "Iterable[Path]") -> "Iterator[Path]":
 def _as_text(file: Path, prediction: "Prediction") -> str:
     if prediction.error:
         return f"{file}\tERROR {prediction.error}"
-    return f"{file}\t" + "  ".join(
-        f"{label.name} {label.probability:.4f}" for label in prediction.labels
-    )
+    shown = [f"{label.name} {label.probability:.4f}" for label in prediction.labels]
+    if prediction.unsure:
+        shown[0] += " unsure"
+    return f"{file}\t" + "  ".join(shown)
 
 
 def _as_json(file: Path, prediction: "Prediction") -> str:
@@ -181,6 +182,7 @@ def _as_json(file: Path, prediction: "Prediction") -> str:
             {"index": label.index, "name": label.name, "probability": label.probability}
             for label in prediction.labels
         ]
+        answer["unsure"] = prediction.unsure
     return json.dumps(answer)
 
 

@@ -89,12 +89,15 @@ class Label:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one image was taken for: `labels`, the most probable first; or why it failed."""
+    """What one image was taken for: `labels`, the most probable first; or why it failed. `unsure`
+    where the probability is below what the version asks of a sure answer.
+    """
 
     labels: tuple[Label, ...]
     model: str = ""
     version: int = 0
     error: ClassifierError | None = None
+    unsure: bool = False
 
     @property
     def label(self) -> str:
@@ -338,6 +341,7 @@ class _Chunk:
         for position in range(len(self)):
             error = self._unreadable.get(position)
             labels: tuple[Label, ...] = ()
+            unsure = False
             if not error:
                 result = next(results)
                 if result.HasField("error"):
@@ -347,7 +351,8 @@ class _Chunk:
                     Label(label.index, label.name, label.probability)
                     for label in result.classification.labels
                 )
-            made.append(Prediction(labels, response.model, response.version, error))
+                unsure = result.classification.unsure
+            made.append(Prediction(labels, response.model, response.version, error, unsure))
         return made
 
 

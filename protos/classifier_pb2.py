@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/classifier.proto\x12\tconvoy.v1\"J\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12#\n\x06pixels\x18\x02 \x01(\x0b\x32\x11.convoy.v1.PixelsH\x00\x42\t\n\x07\x63ontent\"G\n\x06Pixels\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x10\n\x08\x63hannels\x18\x04 \x01(\r\"b\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12 \n\x06images\x18\x03 \x03(\x0b\x32\x10.convoy.v1.Image\x12\r\n\x05top_k\x18\x04 \x01(\r\"\x80\x01\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\'\n\x07results\x18\x03 \x03(\x0b\x32\x16.convoy.v1.ImageResult\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.convoy.v1.Timings\"p\n\x0bImageResult\x12\x33\n\x0e\x63lassification\x18\x01 \x01(\x0b\x32\x19.convoy.v1.ClassificationH\x00\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.convoy.v1.ErrorH\x00\x42\t\n\x07outcome\"2\n\x0e\x43lassification\x12 \n\x06labels\x18\x01 \x03(\x0b\x32\x10.convoy.v1.Label\"9\n\x05Label\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"`\n\x07Timings\x12\x10\n\x08\x64\x65\x63ode_s\x18\x01 \x01(\x01\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\r\n\x05run_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\x12\x12\n\nbatch_size\x18\x05 \x01(\r\"P\n\x15\x43lassifyStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.convoy.v1.ClassifyRequest\"\x83\x01\n\x16\x43lassifyStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.convoy.v1.ClassifyResponseH\x00\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.convoy.v1.ErrorH\x00\x42\t\n\x07outcome\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.convoy.v1.Model\"\xc8\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.convoy.v1.Model.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x10\n\x08versions\x18\x05 \x03(\x04\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12\x0e\n\x06height\x18\x07 \x01(\r\x12\r\n\x05width\x18\x08 \x01(\r\x12\x10\n\x08\x63hannels\x18\t \x01(\r\x12\x16\n\x0emax_batch_size\x18\n \x01(\r\x12\x0e\n\x06sha256\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x15\n\x08\x61\x63\x63uracy\x18\r \x01(\x01H\x00\x88\x01\x01\":\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x12\x0f\n\x0bUNAVAILABLE\x10\x02\x42\x0b\n\t_accuracy2\xfc\x01\n\x0fImageClassifier\x12\x43\n\x08\x43lassify\x12\x1a.convoy.v1.ClassifyRequest\x1a\x1b.convoy.v1.ClassifyResponse\x12Y\n\x0e\x43lassifyStream\x12 .convoy.v1.ClassifyStreamRequest\x1a!.convoy.v1.ClassifyStreamResponse(\x01\x30\x01\x12I\n\nListModels\x12\x1c.convoy.v1.ListModelsRequest\x1a\x1d.convoy.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/classifier.proto\x12\tconvoy.v1\"J\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12#\n\x06pixels\x18\x02 \x01(\x0b\x32\x11.convoy.v1.PixelsH\x00\x42\t\n\x07\x63ontent\"G\n\x06Pixels\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x10\n\x08\x63hannels\x18\x04 \x01(\r\"b\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12 \n\x06images\x18\x03 \x03(\x0b\x32\x10.convoy.v1.Image\x12\r\n\x05top_k\x18\x04 \x01(\r\"\x80\x01\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\'\n\x07results\x18\x03 \x03(\x0b\x32\x16.convoy.v1.ImageResult\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.convoy.v1.Timings\"p\n\x0bImageResult\x12\x33\n\x0e\x63lassification\x18\x01 \x01(\x0b\x32\x19.convoy.v1.ClassificationH\x00\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.convoy.v1.ErrorH\x00\x42\t\n\x07outcome\"B\n\x0e\x43lassification\x12 \n\x06labels\x18\x01 \x03(\x0b\x32\x10.convoy.v1.Label\x12\x0e\n\x06unsure\x18\x02 \x01(\x08\"9\n\x05Label\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"`\n\x07Timings\x12\x10\n\x08\x64\x65\x63ode_s\x18\x01 \x01(\x01\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\r\n\x05run_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\x12\x12\n\nbatch_size\x18\x05 \x01(\r\"P\n\x15\x43lassifyStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.convoy.v1.ClassifyRequest\"\x83\x01\n\x16\x43lassifyStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.convoy.v1.ClassifyResponseH\x00\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.convoy.v1.ErrorH\x00\x42\t\n\x07outcome\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.convoy.v1.Model\"\xa7\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.convoy.v1.Model.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x10\n\x08versions\x18\x05 \x03(\x04\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12\x0e\n\x06height\x18\x07 \x01(\r\x12\r\n\x05width\x18\x08 \x01(\r\x12\x10\n\x08\x63hannels\x18\t \x01(\r\x12\x16\n\x0emax_batch_size\x18\n \x01(\r\x12\x0e\n\x06sha256\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x15\n\x08\x61\x63\x63uracy\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07variant\x18\x0e \x01(\t\x12\x1d\n\x10unsure_threshold\x18\x0f \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x10\x63lass_thresholds\x18\x10 \x03(\x01\":\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\t\n\x05READY\x10\x01\x12\x0f\n\x0bUNAVAILABLE\x10\x02\x42\x0b\n\t_accuracyB\x13\n\x11_unsure_threshold2\xfc\x01\n\x0fImageClassifier\x12\x43\n\x08\x43lassify\x12\x1a.convoy.v1.ClassifyRequest\x1a\x1b.convoy.v1.ClassifyResponse\x12Y\n\x0e\x43lassifyStream\x12 .convoy.v1.ClassifyStreamRequest\x1a!.convoy.v1.ClassifyStreamResponse(\x01\x30\x01\x12I\n\nListModels\x12\x1c.convoy.v1.ListModelsRequest\x1a\x1d.convoy.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,25 +42,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMAGERESULT']._serialized_start=418
   _globals['_IMAGERESULT']._serialized_end=530
   _globals['_CLASSIFICATION']._serialized_start=532
-  _globals['_CLASSIFICATION']._serialized_end=582
-  _globals['_LABEL']._serialized_start=584
-  _globals['_LABEL']._serialized_end=641
-  _globals['_ERROR']._serialized_start=643
-  _globals['_ERROR']._serialized_end=681
-  _globals['_TIMINGS']._serialized_start=683
-  _globals['_TIMINGS']._serialized_end=779
-  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=781
-  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=861
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=864
-  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=995
-  _globals['_LISTMODELSREQUEST']._serialized_start=997
-  _globals['_LISTMODELSREQUEST']._serialized_end=1016
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1018
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1072
-  _globals['_MODEL']._serialized_start=1075
-  _globals['_MODEL']._serialized_end=1403
-  _globals['_MODEL_STATE']._serialized_start=1332
-  _globals['_MODEL_STATE']._serialized_end=1390
-  _globals['_IMAGECLASSIFIER']._serialized_start=1406
-  _globals['_IMAGECLASSIFIER']._serialized_end=1658
+  _globals['_CLASSIFICATION']._serialized_end=598
+  _globals['_LABEL']._serialized_start=600
+  _globals['_LABEL']._serialized_end=657
+  _globals['_ERROR']._serialized_start=659
+  _globals['_ERROR']._serialized_end=697
+  _globals['_TIMINGS']._serialized_start=699
+  _globals['_TIMINGS']._serialized_end=795
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=797
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=877
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=880
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=1011
+  _globals['_LISTMODELSREQUEST']._serialized_start=1013
+  _globals['_LISTMODELSREQUEST']._serialized_end=1032
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1034
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1088
+  _globals['_MODEL']._serialized_start=1091
+  _globals['_MODEL']._serialized_end=1514
+  _globals['_MODEL_STATE']._serialized_start=1422
+  _globals['_MODEL_STATE']._serialized_end=1480
+  _globals['_IMAGECLASSIFIER']._serialized_start=1517
+  _globals['_IMAGECLASSIFIER']._serialized_end=1769
 # @@protoc_insertion_point(module_scope)

@@ -60,10 +60,12 @@ class ImageResult(_message.Message):
     def __init__(self, classification: _Optional[_Union[Classification, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Classification(_message.Message):
-    __slots__ = ("labels",)
+    __slots__ = ("labels", "unsure")
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    UNSURE_FIELD_NUMBER: _ClassVar[int]
     labels: _containers.RepeatedCompositeFieldContainer[Label]
-    def __init__(self, labels: _Optional[_Iterable[_Union[Label, _Mapping]]] = ...) -> None: ...
+    unsure: bool
+    def __init__(self, labels: _Optional[_Iterable[_Union[Label, _Mapping]]] = ..., unsure: _Optional[bool] = ...) -> None: ...
 
 class Label(_message.Message):
     __slots__ = ("index", "name", "probability")
@@ -126,7 +128,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "state", "reason", "version", "versions", "labels", "height", "width", "channels", "max_batch_size", "sha256", "device", "accuracy")
+    __slots__ = ("name", "state", "reason", "version", "versions", "labels", "height", "width", "channels", "max_batch_size", "sha256", "device", "accuracy", "variant", "unsure_threshold", "class_thresholds")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -148,6 +150,9 @@ class Model(_message.Message):
     SHA256_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    UNSURE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    CLASS_THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: Model.State
     reason: str
@@ -161,4 +166,7 @@ class Model(_message.Message):
     sha256: str
     device: str
     accuracy: float
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., sha256: _Optional[str] = ..., device: _Optional[str] = ..., accuracy: _Optional[float] = ...) -> None: ...
+    variant: str
+    unsure_threshold: float
+    class_thresholds: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., sha256: _Optional[str] = ..., device: _Optional[str] = ..., accuracy: _Optional[float] = ..., variant: _Optional[str] = ..., unsure_threshold: _Optional[float] = ..., class_thresholds: _Optional[_Iterable[float]] = ...) -> None: ...

@@ -77,7 +77,7 @@ class Variant:
     # Share of the test images to which it gives the float32 graph's label.
     label_agreement: float
     images_per_s: float
-    # Over the float32 graph, both at the largest batch on the machine and the device named.
+    # Over the float32 graph, both at the largest batch on the device named, as `Model.device` is.
     speedup: float
     device: str
 
@@ -89,8 +89,9 @@ class Thresholds:
     `accuracy` the share of those that are right.
     """
 
-    unsure: float
-    per_class: list[float]
+    unsure: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    # In the order of the labels.
+    per_class: list[Annotated[float, msgspec.Meta(ge=0, le=1)]]
     coverage: float
     accuracy: float
 
@@ -148,6 +149,19 @@ class Bundle:
     def sha256(self) -> str:
         return self.manifest.files[MODEL].sha256
 
+    def fastest(self, device: str) -> str:
+        """The variant whose speed-up was the highest on a device as this one, a card or a CPU; fp32
+        where none was measured there, or none was faster.
+        """
+        speedups = {
+            name: measured.speedup
+            for name, measured in self.manifest.variants.items()
+            if name in self.variants
+            and measured.speedup > 1
+            and measured.device.startswith("cpu") == device.startswith("cpu")
+        }
+        return max(speedups, key=lambda name: speedups[name], default="fp32")
+
 
 def names(models: Path) -> list[str]:
     """The models in a models folder: each folder in it that has at least one version."""
@@ -190,9 +204,9 @@ def read(folder: Path) -> Bundle:
     # The readers of numpy, zip and zlib each raise their own.
     except Exception as error:
         raise BrokenVersion(f"{folder / GOLDEN}: {error}") from error
-    answers = (golden.probabilities, *golden.variants.values())
-    kinds = [(array.dtype.name, array.ndim) for array in (golden.pixels, *answers)]
-    if kinds != [("uint8", 4), *[("float32", 2)] * len(answers)]:
+    answers = [golden.probabilities, *golden.variants.values()]
+    kinds = {(array.dtype.name, array.ndim) for array in answers}
+    if (golden.pixels.dtype.name, golden.pixels.ndim) != ("uint8", 4) or kinds != {("float32", 2)}:
         raise BrokenVersion(
             f"{folder / GOLDEN}: expected pixels uint8 [k, H, W, C] and probabilities float32 "
             "[k, classes]"
@@ -225,6 +239,11 @@ def read_manifest(folder: Path) -> Manifest:
     for name in manifest.files:
         if not _NAME.fullmatch(name) or name == MANIFEST:
             raise BrokenVersion(f"{path}: lists {name!r}, which is no file of a version")
+    own = manifest.thresholds and len(manifest.thresholds.per_class)
+    if own is not None and own != len(manifest.labels):
+        raise BrokenVersion(
+            f"{path}: thresholds of {own} classes for {len(manifest.labels)} labels"
+        )
     return manifest
 
 
@@ -259,6 +278,8 @@ def write(
     Raises ConvoyError where the disk refuses.
     """
     check_name(model.name)
+    if unproven := variants.keys() - golden.variants.keys():
+        raise ValueError(f"no golden answers of {', '.join(sorted(unproven))}")
     archive = io.BytesIO()
     answers = {"probabilities": golden.probabilities, **golden.variants}
     np.savez_compressed(archive, allow_pickle=False, pixels=golden.pixels, **answers)

@@ -87,7 +87,10 @@ class ClassifierRpc:
                 model.height, model.width, model.channels = manifest.pixels.shape
                 model.max_batch_size = manifest.max_batch_size
                 model.sha256 = served.bundle.sha256
-                model.device = served.device
+                model.device, model.variant = served.device, served.variant
+                if manifest.thresholds:
+                    model.unsure_threshold = manifest.thresholds.unsure
+                    model.class_thresholds.extend(manifest.thresholds.per_class)
                 if manifest.scores:
                     model.accuracy = manifest.scores.accuracy
         return response
@@ -128,6 +131,7 @@ def _add_results(
     top_k: int,
 ) -> None:
     rows = iter(answer.outputs if answer else np.empty(0, np.float32))
+    thresholds, unsure = served.thresholds, 0
     for item in decoded:
         result = response.results.add()
         if isinstance(item, InvalidImage):
@@ -143,6 +147,13 @@ def _add_results(
             continue
         # The best first; equal ones in the order of the classes.
         order = (best,) if top_k == 1 else np.argsort(-row, kind="stable")[:top_k]
-        labels = result.classification.labels
+        classification = result.classification
         for index in order:
-            labels.add(index=index, name=served.manifest.labels[index], probability=row[index])
+            classification.labels.add(
+                index=index, name=served.manifest.labels[index], probability=row[index]
+            )
+        if thresholds and float(row[best]) < thresholds[best]:
+            classification.unsure = True
+            unsure += 1
+    if unsure:
+        served.count_unsure(unsure)

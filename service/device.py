@@ -56,6 +56,13 @@ class Opened(NamedTuple):
     fallback: str = ""
 
 
+def expects_card(device: Device) -> bool:
+    """Whether that is a card, as far as can be told before a session is opened."""
+    if device.kind == "auto":
+        return _PROVIDERS["cuda"] in ort.get_available_providers()
+    return device.kind != "cpu"
+
+
 def open_session(onnx: bytes, device: Device, threads: int, *, memory_mb: float = 0.0) -> Opened:
     """A session for `onnx`; `threads` is for the CPU, `memory_mb` (10^6 bytes) bounds what the card
     lends it, 0 for no bound.

@@ -53,6 +53,10 @@ _FAMILIES = {
         "late (the deadline passed first), cancelled.",
         ("model", "outcome"),
     ),
+    "unsure": _Family(
+        "counter",
+        "Images answered by Classify with a probability below the version's thresholds.", ("model",),
+    ),
     "batch_size": _Family("histogram", "Images in each run on the device.", ("model",), ROWS),
     "batch_seconds": _Family("histogram", "Time of each run on the device.", ("model",), SECONDS),
     "batch_failures": _Family("counter", "Runs on the device that failed.", ("model",)),
@@ -61,13 +65,15 @@ _FAMILIES = {
     ),
     "model_info": _Family(
         "gauge", "1 for each model and version that serves.",
-        ("model", "version", "sha256", "device"),
+        ("model", "version", "sha256", "device", "variant"),
     ),
     "model_broken_versions": _Family(
         "gauge", "Versions in the models folder that were refused; the log says why.", ("model",)
     ),
     "model_fallback": _Family(
-        "gauge", "1 where a model runs on the CPU though a card was preferred; the log says why.",
+        "gauge",
+        "1 where a model runs on the CPU though a card was preferred, or in fp32 though another "
+        "variant was; the log says why.",
         ("model",),
     ),
     "cpu_budget_cores": _Family("gauge", "Cores that may be used, by cgroup and affinity.", ()),
@@ -128,14 +134,17 @@ class Metrics:
         if count:
             _add(self._images, (model, outcome), count)
 
+    def unsure(self, model: str, count: int) -> None:
+        _add(self._numbers["unsure"], (model,), count)
+
     def batch(self, model: str, rows: int, seconds: float, failed: bool, late_rows: int) -> None:
         self._histogram("batch_size", (model,)).observe(rows)
         self._histogram("batch_seconds", (model,)).observe(seconds)
         _add(self._numbers["batch_failures"], (model,), failed)
         _add(self._numbers["rows_run_after_deadline"], (model,), late_rows)
 
-    def serving(self, model: str, version: int, sha256: str, device: str) -> None:
-        self._numbers["model_info"][model, str(version), sha256, device] = 1
+    def serving(self, model: str, version: int, sha256: str, device: str, variant: str) -> None:
+        self._numbers["model_info"][model, str(version), sha256, device, variant] = 1
 
     def broken_versions(self, model: str, count: int) -> None:
         self._numbers["model_broken_versions"][model,] = count

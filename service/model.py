@@ -11,13 +11,16 @@ import onnxruntime as ort
 
 from service.bundle import Bundle, Probabilities
 from service.cpu import whole_cores
-from service.device import Device, buckets, host_value, open_session
+from service.device import Device, buckets, expects_card, host_value, open_session
 from service.errors import BrokenVersion, InferenceFailed
 from service.images import Pixels
 
 # Probabilities of the same file may differ by rounding between processors and batch sizes (parity
 # at export is below 1e-5); a wrong file, device or layout is off by far more than this.
 GOLDEN_TOLERANCE = 1e-3
+# Halves and TF32, which cards take for float32, keep 11 bits of a product, int8 keeps 8: where two
+# processors round one value apart, it is that much more.
+COARSE_TOLERANCE = 1e-2
 
 # How long, and how often, batches are timed before a version serves.
 _MEASURE_S, _MEASURED_RUNS = 1.0, 3
@@ -34,7 +37,8 @@ class _Bound(NamedTuple):
 class Model:
     """An ONNX classifier in a session: uint8 `[N, H, W, C]` in, float32 `[N, classes]` out.
 
-    `device` is where it really runs, and `fallback` why, where that is not what was preferred.
+    `device` is where it really runs, `variant` which of a version's graphs it is, and `fallback` why,
+    where that is not what was preferred.
     `run` may be called from several threads, but not with a `buffer`.
     """
 
@@ -57,6 +61,7 @@ class Model:
         self._session, self.fallback = opened.session, opened.fallback
         self._device = opened.device
         self.device = str(opened.device)
+        self.variant = "fp32"
         # The batch sizes that it is run with, see `bind`; empty where any will do.
         self.sizes: tuple[int, ...] = ()
         self._bound: dict[int, _Bound] = {}
@@ -93,13 +98,51 @@ class Model:
 
     @classmethod
     def load(
-        cls, bundle: Bundle, device: str = "auto", threads: int = 0, *, memory_mb: float = 0.0
+        cls,
+        bundle: Bundle,
+        device: str = "auto",
+        threads: int = 0,
+        *,
+        variant: str = "fp32",
+        memory_mb: float = 0.0,
     ) -> "Model":
         """Loads a version and has it prove itself on its golden inputs.
 
+        `variant`: which graph, a name in VARIANTS, where the version has it, else fp32. Or
+        `fastest`, see `Bundle.fastest`; should that one not prove itself here (int8 may give other
+        answers on processors without VNNI), fp32 is loaded in its place, and `fallback` says why.
+
         Raises BrokenVersion where it contradicts its manifest or gives other answers.
         """
-        model = cls(bundle.onnx, device, threads, memory_mb=memory_mb)
+
+        def load(name: str) -> Model:
+            return cls._load(bundle, name, device, threads, memory_mb)
+
+        if variant != "fastest":
+            return load(variant if variant in bundle.variants else "fp32")
+        chosen = bundle.fastest("cuda" if expects_card(Device.parse(device)) else "cpu")
+        try:
+            model = load(chosen)
+            # `auto` came out elsewhere than was to be expected.
+            if (here := bundle.fastest(model.device)) != chosen:
+                chosen = here
+                model = load(chosen)
+            return model
+        except BrokenVersion as error:
+            if chosen == "fp32":
+                raise
+            model = load("fp32")
+            why = f"serves fp32, not {chosen}: {error}"
+            model.fallback = f"{why}; {model.fallback}" if model.fallback else why
+            return model
+
+    @classmethod
+    def _load(
+        cls, bundle: Bundle, variant: str, device: str, threads: int, memory_mb: float
+    ) -> "Model":
+        onnx = bundle.variants.get(variant, bundle.onnx)
+        model = cls(onnx, device, threads, memory_mb=memory_mb)
+        model.variant = variant
         manifest = bundle.manifest
         said = (manifest.input, manifest.output, manifest.pixels.shape)
         if said != (model.input, model.output, model.shape):
@@ -143,9 +186,12 @@ class Model:
         batch.
         """
         golden, count = bundle.golden, len(bundle.manifest.labels)
-        if golden.probabilities.shape != (len(golden.pixels), count) or not len(golden.pixels):
+        recorded = golden.variants.get(self.variant, golden.probabilities)
+        fine = self.variant == "fp32" and self.device == "cpu"
+        tolerance = GOLDEN_TOLERANCE if fine else COARSE_TOLERANCE
+        if recorded.shape != (len(golden.pixels), count) or not len(golden.pixels):
             raise BrokenVersion(
-                f"{bundle.folder}: golden answers of shape {list(golden.probabilities.shape)} "
+                f"{bundle.folder}: golden answers of shape {list(recorded.shape)} "
                 f"for {len(golden.pixels)} inputs and {count} labels"
             )
         for size in {1, bundle.manifest.max_batch_size}:
@@ -158,7 +204,7 @@ class Model:
                     raise BrokenVersion(
                         f"{bundle.folder}: a golden input fails: {error}"
                     ) from error
-                expected = golden.probabilities[chosen]
+                expected = recorded[chosen]
                 if answers.shape != expected.shape:
                     raise BrokenVersion(
                         f"{bundle.folder}: answers of shape {list(answers.shape)} for {len(chosen)} "
@@ -168,10 +214,11 @@ class Model:
                     raise BrokenVersion(f"{bundle.folder}: NaN or infinity for a golden input")
                 # Not `difference > tolerance`: that is False for NaN.
                 difference = float(np.abs(answers - expected).max())
-                if not difference <= GOLDEN_TOLERANCE:
+                if not difference <= tolerance:
                     raise BrokenVersion(
-                        f"{bundle.folder}: on {self.device} at batch size {len(chosen)} its answers to "
-                        f"the golden inputs are off by {difference:.3g} (allowed {GOLDEN_TOLERANCE:g})"
+                        f"{bundle.folder}: {self.variant} on {self.device} at batch size {len(chosen)}: "
+                        f"its answers to the golden inputs are off by {difference:.3g} (allowed "
+                        f"{tolerance:g})"
                     )
 
     def measure(self, bundle: Bundle, record: Callable[[int, float], None]) -> None:

@@ -49,14 +49,19 @@ class Served:
     def __init__(
         self,
         bundle: Bundle,
-        device: str,
-        batcher: Batcher | RemoteBatcher,
+        made: "Made",
         decoders: ThreadPoolExecutor,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
-        self.bundle, self.device, self.batcher = bundle, device, batcher
+        self.bundle, self.device, self.variant = bundle, made.device, made.variant
+        self.batcher = made.batcher
         self.name, self.version, self.manifest = bundle.name, bundle.version, bundle.manifest
+        # For each class what its probability must be, or the answer is unsure; None where nothing is.
+        self.thresholds: list[float] | None = None
+        if thresholds := self.manifest.thresholds:
+            self.thresholds = [max(thresholds.unsure, own) for own in thresholds.per_class]
+            metrics.unsure(self.name, 0)
         self._decoders, self._metrics, self._settings = decoders, metrics, settings
         self.image_bytes = math.prod(self.manifest.pixels.shape)
         self._decode_s = metrics.stage(self.name, "decode")
@@ -95,6 +100,10 @@ class Served:
         invalid = sum(isinstance(item, InvalidImage) for item in decoded)
         self._metrics.images(self.name, "invalid", invalid)
         return decoded, seconds
+
+    def count_unsure(self, images: int) -> None:
+        """So many were answered as unsure."""
+        self._metrics.unsure(self.name, images)
 
     async def aside(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises, done on the pool: what would keep other calls waiting."""
@@ -247,10 +256,19 @@ def runs_here(
     def make(bundle: Bundle) -> Made:
         name, size = bundle.name, bundle.manifest.max_batch_size
         model = Model.load(
-            bundle, settings.device, budget.run_threads, memory_mb=settings.gpu_memory_mb
+            bundle,
+            settings.device,
+            budget.run_threads,
+            variant=settings.variant,
+            memory_mb=settings.gpu_memory_mb,
         )
         if model.fallback:
             log.warning("%s/%d %s", name, bundle.version, model.fallback)
+        elif settings.variant not in ("fastest", model.variant):
+            log.warning(
+                "%s/%d has no variant %s: serves %s",
+                name, bundle.version, settings.variant, model.variant,
+            )  # fmt: skip
         if settings.deterministic:
             model.bind((size,), len(bundle.manifest.labels))
         times = BatchTimes(size)
@@ -271,36 +289,46 @@ def runs_here(
             on_bug=on_bug,
             name=f"batcher {name}/{bundle.version}",
         )
-        return Made(model.device, batcher, model.fallback)
+        return Made(model.device, model.variant, batcher, model.fallback)
 
     return make
 
 
 class Made(NamedTuple):
-    """The batcher of a version, the device that its batches run on, and why, where that is not what
-    was preferred.
+    """The batcher of a version, the device that its batches run on, in which variant, and why, where
+    that is not what was preferred.
     """
 
     device: str
+    variant: str
     batcher: Batcher | RemoteBatcher
     fallback: str = ""
 
 
 class Pin(NamedTuple):
-    """The version of a model that serves, 0 for none, on which device; what is wrong, and with how
-    many newer versions.
+    """The version of a model that serves, 0 for none, on which device, in which variant; what is
+    wrong, and with how many newer versions.
     """
 
     version: int
     device: str
+    variant: str
     reason: str
     broken: int
+
+    @property
+    def decided(self) -> tuple[int, str]:
+        """What is the same in all processes; each may have a card of its own."""
+        return self.version, self.variant
 
 
 def serving(pins: Mapping[str, Pin]) -> str:
     """What serves, for a person to read."""
     return ", ".join(
-        f"{name}/{pin.version} on {pin.device}" for name, pin in pins.items() if pin.version
+        f"{name}/{pin.version} on {pin.device}"
+        + (f" in {pin.variant}" if pin.variant != "fp32" else "")
+        for name, pin in pins.items()
+        if pin.version
     )
 
 
@@ -370,19 +398,18 @@ class Repository:
         for version in versions:
             try:
                 bundle = bundles.read(self.folder / name / str(version))
-                device, batcher, fallback = self._make(bundle)
+                made = self._make(bundle)
             # Whatever is wrong with one version, the others and the other models can be served.
             except Exception as error:
                 unforeseen = None if isinstance(error, BrokenVersion) else error
                 log.error("%s/%d is not served: %s", name, version, error, exc_info=unforeseen)
                 reasons.append(str(error) or repr(error))
                 continue
-            served = Served(bundle, device, batcher, self._decoders, self._metrics, self._settings)
-            self._metrics.serving(name, version, bundle.sha256, device)
-            self._metrics.fallback(name, bool(fallback))
-            return Entry(
-                name, served, "; ".join((*reasons[:1], *filter(None, [fallback]))), len(reasons)
-            )
+            served = Served(bundle, made, self._decoders, self._metrics, self._settings)
+            self._metrics.serving(name, version, bundle.sha256, made.device, made.variant)
+            self._metrics.fallback(name, bool(made.fallback))
+            reason = "; ".join(filter(None, (*reasons[:1], made.fallback)))
+            return Entry(name, served, reason, len(reasons))
         reason = reasons[0] if reasons else "no version of it works"
         return Entry(name, None, reason, len(reasons))
 
@@ -429,9 +456,15 @@ class Repository:
     def pins(self) -> "dict[str, Pin]":
         """What was decided here, for other processes to do the same."""
         return {
-            name: Pin(entry.served.version, entry.served.device, entry.reason, entry.broken)
+            name: Pin(
+                entry.served.version,
+                entry.served.device,
+                entry.served.variant,
+                entry.reason,
+                entry.broken,
+            )
             if entry.served
-            else Pin(0, "", entry.reason, entry.broken)
+            else Pin(0, "", "", entry.reason, entry.broken)
             for name, entry in self._entries.items()
         }
 

@@ -50,6 +50,12 @@ class Settings:
     CUDA where it works, else the CPU, and says so; the others refuse to start where they can't be
     had. With several processes and no N, each takes the next card."""
 
+    variant: Literal["fp32", "int8", "fp16", "fastest"] = "fp32"
+    """Which graph of a version is served; one that has no such variant is served in fp32. fastest
+    takes the one whose speed-up, in the manifest, was the highest on a device of this kind; should
+    that not give its golden answers here, fp32, and says so. A variant asked for by name that does
+    not give them is refused with its version."""
+
     gpu_memory_mb: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
     """Megabytes of a card's memory that each model may take; 0 for no bound."""
 

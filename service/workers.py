@@ -193,9 +193,10 @@ class _Worker:
         settings, pins = self._orders.settings, self._orders.pins or {}
 
         def make(bundle: Bundle) -> Made:
-            device = pins[bundle.name].device
-            info = _info(bundle, device)
-            return Made(device, RemoteBatcher(engines, info, max_wait_s=settings.max_wait_s))
+            pin = pins[bundle.name]
+            info = _info(bundle, pin.device)
+            batcher = RemoteBatcher(engines, info, max_wait_s=settings.max_wait_s)
+            return Made(pin.device, pin.variant, batcher)
 
         return make
 
@@ -214,6 +215,10 @@ def _info(bundle: Bundle, device: str) -> ModelInfo:
 
 
 # The supervisor's side.
+
+
+def _decided(pins: dict[str, Pin]) -> dict[str, tuple[int, str]]:
+    return {name: pin.decided for name, pin in pins.items()}
 
 
 class _Member:
@@ -426,7 +431,7 @@ class Supervisor:
         decided = self._pins()
         if decided is None:
             member.orders = replace(member.orders, pins=value)
-        elif value != decided:
+        elif _decided(value) != _decided(decided):
             # A version was published while engines started. The next one takes what is decided.
             log.warning("%s has other versions than the others: it is replaced", member.orders.name)
             if member.process:

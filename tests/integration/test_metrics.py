@@ -111,8 +111,8 @@ def test_latency_buckets_resolve_half_a_millisecond_to_ten_seconds(counted: Serv
 def test_models_are_described(counted: Server) -> None:
     onnx = REPOSITORY / "models" / "digits" / "1" / "model.onnx"
     sha256 = hashlib.sha256(onnx.read_bytes()).hexdigest()
-    info = f'convoy_model_info{{device="cpu",model="digits",sha256="{sha256}",version="1"}}'
-    assert counted.metrics()[info] == 1
+    of = f'device="cpu",model="digits",sha256="{sha256}",variant="fp32",version="1"'
+    assert counted.metrics()[f"convoy_model_info{{{of}}}"] == 1
     assert counted.metrics()['convoy_model_broken_versions{model="digits"}'] == 0
 
 

@@ -18,8 +18,9 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from service import bundle as bundles
+from service.bundle import Scores, Variant
 from service.errors import BrokenVersion, ConvoyError
-from tests.unit.versions import GOLDEN, MANIFEST, ONNX, write
+from tests.unit.versions import GOLDEN, INT8, MANIFEST, ONNX, REPORT, RICH_GOLDEN, write, write_rich
 
 TIMEOUT_S = 60.0
 
@@ -46,6 +47,54 @@ def test_what_is_written_is_read(model: Path) -> None:
     assert np.array_equal(bundle.golden.probabilities, GOLDEN.probabilities)
     assert bundle.sha256 == hashlib.sha256(ONNX).hexdigest()
     assert set(bundle.manifest.files) == {"model.onnx", "golden.npz"}
+
+
+def test_variants_thresholds_and_the_report_are_read_as_written(model: Path) -> None:
+    bundle = write_rich(model)
+    assert bundle.variants == {"int8": INT8}
+    assert np.array_equal(bundle.golden.variants["int8"], RICH_GOLDEN.variants["int8"])
+    assert bundle.manifest.variants["int8"].speedup == 2.0
+    assert bundle.manifest.thresholds is not None
+    assert bundle.manifest.thresholds.per_class == [0.5, 0.7]
+    assert bundle.manifest.evaluation == {"macro_f1": 0.5}
+    assert (bundle.folder / "report.html").read_text() == REPORT
+    assert set(bundle.manifest.files) == {
+        "model.onnx", "model.int8.onnx", "golden.npz", "report.html",
+    }  # fmt: skip
+
+
+def test_a_variant_without_golden_answers_is_not_written(model: Path) -> None:
+    with pytest.raises(ValueError, match="no golden answers of int8"):
+        bundles.write(model, MANIFEST, ONNX, GOLDEN, {"int8": INT8})
+    assert not model.exists()
+
+
+@pytest.mark.parametrize(
+    ("measured", "device", "fastest"),
+    [
+        ({"int8": (2.0, "cpu"), "fp16": (0.3, "cpu")}, "cpu", "int8"),
+        ({"int8": (2.0, "cpu"), "fp16": (0.3, "cpu")}, "cuda:0", "fp32"),
+        ({"int8": (0.9, "cpu"), "fp16": (1.8, "cuda:0")}, "cpu", "fp32"),
+        ({"int8": (0.9, "cuda:0"), "fp16": (1.8, "cuda:0")}, "tensorrt:1", "fp16"),
+        ({"int8": (1.5, "cpu"), "fp16": (1.6, "cpu")}, "cpu", "fp16"),
+        ({"fp32": (1.0, "cpu")}, "cpu", "fp32"),
+        ({"bf16": (3.0, "cpu")}, "cpu", "fp32"),
+        ({}, "cpu", "fp32"),
+    ],
+)
+def test_the_fastest_variant_is_the_one_that_was_on_such_a_device(
+    measured: dict[str, tuple[float, str]], device: str, fastest: str, model: Path
+) -> None:
+    variants = {
+        name: Variant(Scores(1.0, 1, 1, 0.0), 1.0, 1000.0, speedup, where)
+        for name, (speedup, where) in measured.items()
+    }
+    bundle = dataclasses.replace(
+        write_rich(model),
+        manifest=dataclasses.replace(MANIFEST, variants=variants),
+        variants={"int8": INT8, "fp16": INT8},
+    )
+    assert bundle.fastest(device) == fastest
 
 
 def test_unknown_scores_stay_unknown(model: Path) -> None:
@@ -273,6 +322,70 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "golden.npz: expected",
     ),
 }
+
+
+RICH_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "variant missing": (lambda v: (v / "model.int8.onnx").unlink(), "model.int8.onnx: No such"),
+    "variant truncated": (
+        lambda v: truncate(v / "model.int8.onnx"),
+        "model.int8.onnx: 1023 bytes, the manifest says 1024",
+    ),
+    "variant with a flipped bit": (lambda v: flip(v / "model.int8.onnx"), "int8.onnx: its sha256"),
+    "variant without golden answers": (
+        lambda v: relist(v, "golden.npz", npz(pixels=PIXELS, probabilities=ANSWERS)),
+        "golden.npz: has no answers of model.int8.onnx",
+    ),
+    "variant with answers of doubles": (
+        lambda v: relist(
+            v, "golden.npz", npz(pixels=PIXELS, probabilities=ANSWERS, int8=ANSWERS.astype(float))
+        ),
+        "golden.npz: expected",
+    ),
+    "report missing": (lambda v: (v / "report.html").unlink(), "report.html: No such file"),
+    "report changed": (
+        lambda v: (v / "report.html").write_text(REPORT.replace("pets", "cars")),
+        "report.html: its sha256",
+    ),
+    "thresholds of other classes": (
+        lambda v: edit(
+            v, thresholds={"unsure": 0.5, "per_class": [0.5], "coverage": 1, "accuracy": 1}
+        ),
+        "manifest.json: thresholds of 1 classes for 2 labels",
+    ),
+    "a threshold that is no probability": (
+        lambda v: edit(
+            v, thresholds={"unsure": 50, "per_class": [0, 0], "coverage": 1, "accuracy": 1}
+        ),
+        "manifest.json: .*unsure",
+    ),
+    "a measured variant without its device": (
+        lambda v: edit(v, variants={"int8": {"speedup": 2}}),
+        "manifest.json: .*variants",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RICH_DAMAGE)
+def test_damage_to_what_is_optional_is_noticed_too(kind: str, model: Path) -> None:
+    damage, words = RICH_DAMAGE[kind]
+    folder = write_rich(model).folder
+    damage(folder)
+    with pytest.raises(BrokenVersion, match=words) as caught:
+        bundles.read(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_files_of_names_that_nobody_knows_are_verified_and_left_alone(model: Path) -> None:
+    folder = write_rich(model).folder
+    relist(folder, "model.bf16.onnx", b"of a later Convoy")
+    relist(
+        folder, "golden.npz", npz(pixels=PIXELS, probabilities=ANSWERS, int8=ANSWERS, bf16=PIXELS)
+    )
+    bundle = bundles.read(folder)
+    assert set(bundle.variants) == set(bundle.golden.variants) == {"int8"}
+    flip(folder / "model.bf16.onnx")
+    with pytest.raises(BrokenVersion, match=r"model\.bf16\.onnx: its sha256"):
+        bundles.read(folder)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -1,6 +1,7 @@
 """Which device a model runs on, and that no other is taken for it. Cards are played by a CPU session."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from prometheus_client import generate_latest
 
 from service import device
+from service.bundle import Scores, Variant
 from service.cpu import split
 from service.device import Device, buckets, heavy_on_cpu, open_session
 from service.errors import BrokenVersion
 from service.metrics import Metrics, registry
+from service.model import Model
 from service.repository import Repository, runs_here
 from service.settings import Settings
 from tests.integration.models import add_colours
@@ -114,6 +117,30 @@ def test_auto_falls_back_loudly(
     told = generate_latest(registry(metrics.snapshot)).decode()
     assert f'convoy_model_fallback{{model="{bundle.name}"}} 1.0' in told
     repository.close()
+
+
+def test_auto_that_falls_back_takes_the_fastest_variant_of_the_cpu(
+    card: Any, tmp_path: Path
+) -> None:
+    card(CPU)
+    bundle = add_colours(tmp_path)
+    graphs, answers = {"int8": bundle.onnx, "fp16": bundle.onnx}, bundle.golden.probabilities
+    scores = Scores(1.0, 1, 1, 0.0)
+    measured = {
+        "int8": Variant(scores, 1.0, 1.0, 2.0, "cpu"),
+        "fp16": Variant(scores, 1.0, 1.0, 2.0, "cuda:0"),
+    }
+    bundle = replace(
+        bundle,
+        variants=graphs,
+        manifest=replace(bundle.manifest, variants=measured),
+        golden=replace(bundle.golden, variants=dict.fromkeys(graphs, answers)),
+    )
+    model = Model.load(bundle, "auto", 1, variant="fastest")
+    assert (model.device, model.variant) == ("cpu", "int8")
+    card(CUDA, [])
+    model = Model.load(bundle, "auto", 1, variant="fastest")
+    assert (model.device, model.variant) == ("cuda:0", "fp16")
 
 
 def test_a_card_gets_its_options(card: Any, capsys: pytest.CaptureFixture[str]) -> None:

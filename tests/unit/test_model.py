@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from service.bundle import Bundle, Golden, Manifest
+from service.bundle import Bundle, Golden, Manifest, Scores, Variant
 from service.errors import BrokenVersion, InferenceFailed
 from service.images import Pixels, Target
 from service.model import Model
@@ -355,6 +355,80 @@ def test_a_version_that_does_not_prove_itself_is_refused_with_a_reason(kind: str
     with pytest.raises(BrokenVersion, match=words) as caught:
         Model.load(bundle, "cpu", threads=1)
     assert "models/m/7" in str(caught.value)
+
+
+# Variants.
+
+
+def answers_of(onnx: bytes) -> Any:
+    return cpu(onnx).run(pixels(3))
+
+
+SMALLER, SMALL = classifier(added=0.05), classifier(added=0.02)
+
+
+def with_variants(off: float = 0.0, **speedups: float) -> Bundle:
+    """int8 gives 0.05 more than fp32, fp16 0.02; as golden answers say, but for `off`."""
+    golden = Golden(
+        pixels(3),
+        expected(pixels(3)).astype(np.float32),
+        {"int8": answers_of(SMALLER) + np.float32(off), "fp16": answers_of(SMALL)},
+    )
+    measured = {
+        name: Variant(Scores(1.0, 3, 3, 0.0), 1.0, 1000.0, speedup, "cpu")
+        for name, speedup in speedups.items()
+    }
+    bundle = version(golden=golden, variants=measured)
+    return dataclasses.replace(bundle, variants={"int8": SMALLER, "fp16": SMALL})
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded", "added"),
+    [
+        ("fp32", "fp32", 0),
+        ("int8", "int8", 0.05),
+        ("fp16", "fp16", 0.02),
+        ("fastest", "fp16", 0.02),
+    ],
+)
+def test_a_version_is_loaded_in_the_variant_asked_for(
+    asked: str, loaded: str, added: float
+) -> None:
+    bundle = with_variants(int8=1.1, fp16=1.5)
+    model = Model.load(bundle, "cpu", threads=1, variant=asked)
+    assert (model.variant, model.fallback) == (loaded, "")
+    assert np.allclose(model.run(pixels(2)), expected(pixels(2)) + added, atol=1e-5)
+
+
+def test_a_variant_that_a_version_does_not_have_is_fp32() -> None:
+    assert Model.load(version(), "cpu", threads=1, variant="int8").variant == "fp32"
+    assert Model.load(version(), "cpu", threads=1, variant="fastest").variant == "fp32"
+
+
+def test_the_fastest_that_does_not_prove_itself_is_replaced_and_another_refused() -> None:
+    bundle = with_variants(off=0.03, int8=2.0)
+    model = Model.load(bundle, "cpu", threads=1, variant="fastest")
+    assert model.variant == "fp32"
+    assert "serves fp32, not int8: models/m/7: int8 on cpu" in model.fallback
+    assert "off by 0.03 (allowed 0.01)" in model.fallback
+    with pytest.raises(BrokenVersion, match=r"int8 on cpu .* off by 0\.03"):
+        Model.load(bundle, "cpu", threads=1, variant="int8")
+
+
+def test_an_int8_step_between_processors_is_no_reason_to_refuse() -> None:
+    assert Model.load(with_variants(off=0.005), "cpu", threads=1, variant="int8").variant == "int8"
+
+
+def test_a_variant_of_another_shape_is_refused() -> None:
+    bundle = dataclasses.replace(with_variants(), variants={"int8": classifier((5, 4, 3))})
+    with pytest.raises(BrokenVersion, match="the manifest says"):
+        Model.load(bundle, "cpu", threads=1, variant="int8")
+
+
+def test_where_not_even_fp32_proves_itself_the_version_is_refused() -> None:
+    bundle = dataclasses.replace(with_variants(off=0.03, int8=2.0), onnx=classifier(added=0.1))
+    with pytest.raises(BrokenVersion, match="fp32 on cpu"):
+        Model.load(bundle, "cpu", threads=1, variant="fastest")
 
 
 def test_rounding_between_machines_is_no_reason_to_refuse() -> None:

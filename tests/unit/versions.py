@@ -1,11 +1,12 @@
 """A version to write: light to import, as processes of their own write it too."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from service import bundle as bundles
-from service.bundle import Bundle, Golden, Manifest, Parity, Scores
+from service.bundle import Bundle, Golden, Manifest, Parity, Scores, Thresholds, Variant
 from service.images import Target
 
 # Whether it is a graph matters to nobody before it is loaded.
@@ -26,6 +27,21 @@ MANIFEST = Manifest(
     training={"settings": {"seed": 0}, "epochs": [{"loss": 0.5}]},
     provenance={"python": "3.11"},
 )
+
+
+# With all that a version may hold beside these.
+INT8, REPORT = ONNX[::-1], "<h1>pets</h1>"
+RICH_GOLDEN = Golden(GOLDEN.pixels, GOLDEN.probabilities, {"int8": GOLDEN.probabilities[::-1]})
+
+
+def write_rich(model: Path) -> Bundle:
+    manifest = replace(
+        MANIFEST,
+        variants={"int8": Variant(Scores(0.5, 1, 2, 0.8), 1.0, 2000.0, 2.0, "cpu")},
+        thresholds=Thresholds(0.6, [0.5, 0.7], 0.9, 0.95),
+        evaluation={"macro_f1": 0.5},
+    )
+    return bundles.write(model, manifest, ONNX, RICH_GOLDEN, {"int8": INT8}, REPORT)
 
 
 def write(model: Path, onnx: bytes = ONNX) -> Bundle:
