@@ -169,6 +169,14 @@ class TrainingSettings:
     max_batch_size: Batch = 64
     """Largest batch that the published version is served in."""
 
+    mirror: bool = False
+    """Build into the exported graph that an answer is the mean of those to the image and to its mirror
+    image: more accurate where flip makes sense, at twice the work."""
+
+    storage: Literal["float32", "float16"] = "float32"
+    """What the float32 graph's weights are stored in. float16 halves the file and moves probabilities
+    by about 1e-3; they are computed with in float32 all the same."""
+
     variants: tuple[Literal["int8", "fp16"], ...] = ("int8", "fp16")
     """Graphs in other precisions that are published beside the float32 one, where each passes the gate:
     int8 by static quantisation, fp16 for cards."""
