@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from service.bundle import Probabilities, Scores, Thresholds
-from service.errors import ConvoyError
+from service.bundle import Parity, Probabilities, Scores, Thresholds
+from service.errors import ConvoyError, InferenceFailed
 from service.images import Pixels
 from training.data import Labels, Split
 
@@ -271,7 +271,8 @@ def evaluate(
     """
     from sklearn import metrics
 
-    given = _probabilities(probabilities, labels, len(classes))
+    _check_labels(labels, len(classes))
+    given = check_probabilities(probabilities, len(labels), len(classes))
     scores = score_answers(probabilities, labels)
     named, confidence = probabilities.argmax(axis=1), given.max(axis=1)
     right, every = named == labels, np.arange(len(classes))
@@ -317,18 +318,15 @@ def evaluate(
     )
 
 
-def _probabilities(probabilities: Probabilities, labels: Labels | None, classes: int) -> _Floats:
-    """Checked, and without what rounding leaves of rows that should add up to 1.
+def check_probabilities(probabilities: Probabilities, images: int, classes: int) -> _Floats:
+    """Answers `[images, classes]` without what rounding leaves of rows that should add up to 1.
 
-    Raises NotEvaluable.
+    Raises NotEvaluable where they have another shape or are no probabilities.
     """
-    shape = (len(probabilities) if labels is None else len(labels), classes)
-    if probabilities.shape != shape or not shape[0] or shape[1] < 2:
+    if probabilities.shape != (images, classes) or not images or classes < 2:
         raise NotEvaluable(
-            f"answers of shape {list(probabilities.shape)} to {shape[0]} images of {classes} classes"
+            f"answers of shape {list(probabilities.shape)} to {images} images of {classes} classes"
         )
-    if labels is not None and not (labels.min() >= 0 and labels.max() < classes):
-        raise NotEvaluable(f"labels from {labels.min()} to {labels.max()} for {classes} classes")
     _check_finite(probabilities)
     given: _Floats = probabilities.astype(np.float64)
     sums = given.sum(axis=1)
@@ -339,6 +337,11 @@ def _probabilities(probabilities: Probabilities, labels: Labels | None, classes:
         )
     given /= sums[:, np.newaxis]
     return given
+
+
+def _check_labels(labels: Labels, classes: int) -> None:
+    if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
+        raise NotEvaluable(f"labels from {labels.min()} to {labels.max()} for {classes} classes")
 
 
 def _check_finite(values: npt.NDArray[np.floating[Any]]) -> None:
@@ -381,6 +384,7 @@ def fit_temperature(logits: npt.NDArray[np.floating[Any]], labels: Labels) -> fl
     values: _Floats = np.asarray(logits, np.float64)
     if values.ndim != 2 or values.shape[0] != len(labels) or not len(labels) or values.shape[1] < 2:
         raise NotEvaluable(f"logits of shape {list(values.shape)} to {len(labels)} images")
+    _check_labels(labels, values.shape[1])
     _check_finite(values)
     rows = np.arange(len(labels))
     named = values.argmax(axis=1)
@@ -480,7 +484,8 @@ def choose_thresholds(
     for given, truth in (
         (validation_probabilities, validation_labels), (test_probabilities, test_labels)
     ):  # fmt: skip
-        _probabilities(given, truth, classes)
+        _check_labels(truth, classes)
+        check_probabilities(given, len(truth), classes)
     named, confidence = _top(validation_probabilities)
     right = named == validation_labels
     wanted = errors * float((~right).mean())
@@ -610,7 +615,7 @@ def _out_of_distribution(
     thresholds = thresholds or Thresholds(0.0, [0.0] * classes, 1.0, 0.0)
 
     def told(kind: str, others: Probabilities) -> StrangerFigures:
-        _probabilities(others, None, classes)
+        check_probabilities(others, len(others), classes)
         is_strange = np.repeat([0, 1], [len(known), len(others)])
         doubt = -np.concatenate([known.max(axis=1), others.max(axis=1)])
         auroc = float(metrics.roc_auc_score(is_strange, doubt))
@@ -626,6 +631,37 @@ def _out_of_distribution(
 
 
 # One against the other.
+
+
+def compare(network: Predict, exported: Predict, images: Pixels, max_batch_size: int) -> Parity:
+    """How far what was `exported`, under the code that serves it, is from the `network`.
+
+    On `images` and on all-black and all-white pixels, at batch sizes 1, 3 and the largest: a free
+    batch axis that is only free for one size shows here. Raises NotEvaluable where a size fails.
+    """
+    extremes = np.stack([np.zeros_like(images[0]), np.full_like(images[0], 255)])
+    inputs = np.concatenate([images, extremes])
+    if len(inputs) < max_batch_size:  # or the largest batch would not be tried
+        inputs = np.resize(inputs, (max_batch_size, *inputs.shape[1:]))
+    expected = answers(network, inputs)
+    difference, agreement = 0.0, 1.0
+    for size in sorted({1, 3, max_batch_size}):
+        try:
+            given = np.concatenate(
+                [exported(inputs[start : start + size]) for start in range(0, len(inputs), size)]
+            )
+        except InferenceFailed as error:
+            raise NotEvaluable(f"batches of {size} fail: {str(error).splitlines()[0]}") from error
+        if given.shape != expected.shape:
+            raise NotEvaluable(
+                f"answers of shape {list(given.shape)} in batches of {size}, the network gives "
+                f"{list(expected.shape)}"
+            )
+        # max() of NaN is NaN, which fails every comparison of the gate.
+        with np.errstate(invalid="ignore"):
+            difference = float(np.maximum(difference, np.abs(given - expected).max()))
+        agreement = min(agreement, float((given.argmax(1) == expected.argmax(1)).mean()))
+    return Parity(difference, agreement, len(inputs), sorted({1, 3, max_batch_size}))
 
 
 def mcnemar(candidate_right: Right, serving_right: Right) -> PairedTest:
