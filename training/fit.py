@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ from training.settings import TrainingSettings
 # Steps are handed to TensorFlow in groups that take about so long: few enough calls to cost nothing,
 # enough of them to see how far it is.
 _CALL_S, _MOST_STEPS = 0.25, 64
+# Several machines have to agree on it.
+_STEPS_TOGETHER = 4
 
 # How often a long epoch is put down in the middle.
 _CHECKPOINT_S = 120.0
@@ -161,7 +164,8 @@ class _Run:
             self.network = networks.build(data, settings, precision=self.precision)
             if start is not None:
                 _set(self.network, start)
-            self.optimizer = _optimizer(settings, self.steps, self.precision)
+            self.schedule = _schedule(settings, self.steps)
+            self.optimizer = _optimizer(settings, self.schedule, self.precision)
             self.optimizer.build(self.network.trainable_variables)
             # Loss and right answers since they were last read.
             self._sums = [
@@ -173,7 +177,14 @@ class _Run:
                 for _ in range(2)
             ]
             self._averages = (
-                [tf.Variable(weight, trainable=False) for weight in self.network.weights]
+                [
+                    tf.Variable(
+                        _read(weight),
+                        trainable=False,
+                        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+                    )
+                    for weight in self.network.weights
+                ]
                 if settings.average
                 else []
             )
@@ -235,9 +246,7 @@ class _Run:
                 loss = tf.reduce_sum(each * tf.gather(weights, truth)) / batch
                 scaled = optimizer.scale_loss(loss) if self.precision == "float16" else loss
             gradients = tape.gradient(scaled, network.trainable_variables)
-            if self.replicas > 1:
-                replica = tf.distribute.get_replica_context()
-                gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+            # Adds up those of all replicas itself.
             optimizer.apply(gradients, network.trainable_variables)
             average()
             right = tf.argmax(logits, 1) == truth
@@ -249,18 +258,20 @@ class _Run:
         )
 
         @tf.function(jit_compile=compiled, reduce_retracing=not compiled)
-        def several(pixels: tf.Tensor, truth: tf.Tensor, drawn: dict[str, tf.Tensor]) -> None:
-            for step in tf.range(tf.shape(truth)[0]):
+        def several(count: tf.Tensor, pixels: Any, truth: Any, drawn: Any) -> None:
+            for step in tf.range(count):
                 one(pixels[step], truth[step], {name: each[step] for name, each in drawn.items()})
 
-        if self.replicas == 1:
-            return several
+        def single(step: tf.Tensor, pixels: Any, truth: Any, drawn: Any) -> None:
+            one(pixels[step], truth[step], {name: each[step] for name, each in drawn.items()})
 
+        # Replicas wait for each other in every step, which TensorFlow allows outside of loops only.
         @tf.function
-        def distributed(*arguments: Any) -> None:
-            self.strategy.run(several, args=arguments)
+        def together(count: tf.Tensor, *arguments: Any) -> None:
+            for step in tf.range(count):
+                self.strategy.run(single, args=(step, *arguments))
 
-        return distributed
+        return several if self.replicas == 1 else together
 
     def _average(self) -> None:
         # Less at the start, when there is little to remember.
@@ -288,7 +299,7 @@ class _Run:
                 began = time.monotonic()
                 arguments, count = feeder.take(step)
                 ready = time.monotonic()
-                self._train(*arguments)
+                self._train(tf.constant(count), *arguments)
                 loss, right = (float(each.numpy()) / (done + count) for each in self._sums)
                 now = time.monotonic()
                 seconds, waited = seconds + now - began, waited + ready - began
@@ -326,7 +337,7 @@ class _Run:
     ) -> Epoch:
         self._take_weights()
         found = score(lambda pixels: self._infer(tf.constant(pixels)).numpy(), self.data.validation)
-        rate = float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
+        rate = float(self.schedule(number * self.steps_per_epoch))
         epoch = Epoch(number, loss, right, found.accuracy, found.log_loss, rate, seconds, waited)
         self.history.append(epoch)
         for each in self._sums:
@@ -338,9 +349,9 @@ class _Run:
     def _take_weights(self) -> None:
         """Puts what is to be exported into the network that is."""
         if self._averages:
-            self.exported.set_weights([each.numpy() for each in self._averages])
+            self.exported.set_weights([_read(each) for each in self._averages])
         elif self.exported is not self.network:
-            self.exported.set_weights(self.network.get_weights())
+            self.exported.set_weights([_read(each) for each in self.network.weights])
 
     # What survives a kill.
 
@@ -359,7 +370,7 @@ class _Run:
         }
         self.checkpoint.save(
             state,
-            [keras.ops.convert_to_numpy(v) for v in self._variables()],
+            [_read(v) for v in self._variables()],
             best[2] if best else [],
         )
 
@@ -380,11 +391,21 @@ class _Run:
         return int(state["step"])
 
 
-def _optimizer(settings: TrainingSettings, steps: int, precision: str) -> Any:
+def _read(variable: Any) -> npt.NDArray[Any]:
+    """The value of a variable of Keras or TensorFlow, which all replicas hold, or share as a sum."""
+    inner = getattr(variable, "value", variable)
+    value = variable if callable(inner) else inner
+    return np.asarray(value.numpy() if hasattr(value, "numpy") else value.read_value().numpy())
+
+
+def _schedule(settings: TrainingSettings, steps: int) -> Any:
     warmup = max(1, int(steps * settings.warmup))
-    schedule = keras.optimizers.schedules.CosineDecay(
+    return keras.optimizers.schedules.CosineDecay(
         0.0, max(1, steps - warmup), warmup_target=settings.learning_rate, warmup_steps=warmup
     )
+
+
+def _optimizer(settings: TrainingSettings, schedule: Any, precision: str) -> Any:
     if settings.optimizer == "adamw":
         optimizer = keras.optimizers.AdamW(schedule, weight_decay=settings.weight_decay)
     else:
@@ -522,7 +543,7 @@ class _Feeder:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feeder")
         self._next: tuple[int, Any] | None = None
         self._drawn: tuple[int, Drawn] = (-1, Drawn(np.empty(0, np.int64), {}))
-        self._count = 1
+        self._count = 1 if run.replicas == 1 else _STEPS_TOGETHER
 
     def take(self, step: int) -> tuple[tuple[Any, ...], int]:
         """The arguments for the steps from `step` on, and how many these are."""
@@ -539,6 +560,8 @@ class _Feeder:
 
     def took(self, count: int, seconds: float) -> None:
         """Groups grow and shrink by two, as each size may be compiled anew."""
+        if self._run.replicas > 1:
+            return
         if seconds < _CALL_S / 2 and count == self._count < _MOST_STEPS:
             self._count *= 2
         elif seconds > _CALL_S * 2 and self._count > 1:
@@ -626,11 +649,12 @@ class _Checkpoint:
         """What was saved last; None where there is nothing, or nothing that can be read."""
         if not self._resume:
             return None
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
+        try:
             with np.load(self._folder / _FILE, allow_pickle=False) as found:
                 state = json.loads(str(found["state"]))
                 return state, list(_numbered(found, "v")), list(_numbered(found, "b"))
-        return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
 
     def remove(self) -> None:
         if self._writes:
