@@ -7,7 +7,7 @@ about went through the same code.
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,14 +77,27 @@ def decode(data: bytes, target: Target, max_megapixels: float = DEFAULT_MAX_MEGA
     `max_megapixels` million pixels.
     """
     with _opened(data, max_megapixels) as image:
-        # A JPEG decoder can halve as it decodes. Twice the target is left for the resize to fill;
-        # the larger side counts because an orientation may swap the two.
-        side = 2 * max(target.height, target.width)
-        drafted = image.draft(None, (side, side))
+        drafted = _reduce(image, target)
         image.load()
-        # So reduced, the last row and column may lie partly outside of the picture.
-        picture = drafted[1] if drafted else (0, 0, *image.size)
-        return _fit(image, picture, _orientation(image), target)
+        return _fit(image, drafted or (0, 0, *image.size), _orientation(image), target)
+
+
+def decode_all(
+    data: bytes, targets: Sequence[Target], max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> list[Pixels]:
+    """What `decode` gives for each of `targets`, decoded anew only where a JPEG is reduced otherwise.
+
+    Raises InvalidImage.
+    """
+    loaded: dict[tuple[int, int], Image.Image] = {}
+    found = []
+    for target in targets:
+        with _opened(data, max_megapixels) as opened:
+            drafted = _reduce(opened, target)
+            image = loaded.setdefault(opened.size, opened)
+            image.load()
+            found.append(_fit(image, drafted or (0, 0, *image.size), _orientation(image), target))
+    return found
 
 
 def probe(
@@ -116,6 +129,16 @@ def prepare(
     _check_size(pixels.shape[1], pixels.shape[0], max_megapixels)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     return _fit(image, (0, 0, *image.size), 1, target)
+
+
+def _reduce(image: Image.Image, target: Target) -> Box | None:
+    """Has a JPEG decoder halve as it decodes, where it can: the box of the picture in the result."""
+    # Twice the target is left for the resize to fill; the larger side counts because an orientation
+    # may swap the two.
+    side = 2 * max(target.height, target.width)
+    drafted = image.draft(None, (side, side))
+    # So reduced, the last row and column may lie partly outside of the picture.
+    return drafted and drafted[1]
 
 
 @contextlib.contextmanager

@@ -57,6 +57,10 @@ class TrainingSettings:
     skip_unreadable: bool = False
     """Leave out files that can't be read as images, in place of stopping."""
 
+    cache: str = "auto"
+    """Folder that keeps decoded images, so that the next run need not decode them; auto takes convoy in
+    $XDG_CACHE_HOME or ~/.cache, off keeps none."""
+
     image_size: SideOrAuto = 0
     """Height and width that images are brought to; 0 takes the median side of the data, at most
     128, rounded to a multiple of 8."""
