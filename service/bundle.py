@@ -6,6 +6,7 @@ models/<name>/<version>/                  a positive integer; the highest is the
     model.int8.onnx, model.fp16.onnx      the same in other precisions, where they passed the gate
     golden.npz                            a few real inputs and the answers they must give
     report.html                           what a person reads
+    weights.npz                           the trained network's own, to go on training from
     manifest.json                         the rest, and the sha256 of the other files
 """
 
@@ -20,7 +21,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +36,8 @@ from service.images import Pixels, Target
 
 Probabilities = npt.NDArray[np.float32]
 
-MODEL, GOLDEN, MANIFEST, REPORT = "model.onnx", "golden.npz", "manifest.json", "report.html"
+MODEL, GOLDEN, MANIFEST = "model.onnx", "golden.npz", "manifest.json"
+REPORT, WEIGHTS = "report.html", "weights.npz"
 # The precisions that a version may hold, and where.
 VARIANTS = {"fp32": MODEL, "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
 _TEMPORARY, _ABANDONED_S = ".publishing-", 24 * 3600.0
@@ -148,6 +150,17 @@ class Bundle:
     @property
     def sha256(self) -> str:
         return self.manifest.files[MODEL].sha256
+
+    def weights(self) -> list[npt.NDArray[Any]]:
+        """Those of the trained network, in its order; empty where the version has none.
+
+        Raises BrokenVersion where the file was changed.
+        """
+        if WEIGHTS not in self.manifest.files:
+            return []
+        data = _read_verified(self.folder / WEIGHTS, self.manifest.files[WEIGHTS])
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return [arrays[str(number)] for number in range(len(arrays.files))]
 
     def fastest(self, device: str) -> str:
         """The variant whose speed-up was the highest on a device as this one, a card or a CPU; fp32
@@ -266,10 +279,12 @@ def write(
     golden: Golden,
     variants: Mapping[str, bytes] = MappingProxyType({}),
     report: str = "",
+    weights: Sequence[npt.NDArray[Any]] = (),
 ) -> Bundle:
     """Makes the next version in the folder `model` and returns it, read back and verified.
 
     `variants`: graphs in other precisions by their names in VARIANTS, with answers in `golden`.
+    `weights`: the trained network's own, for `Bundle.weights`.
 
     The files are made in a temporary folder beside it, the manifest last, and appear by one
     rename: a reader sees the whole version or none, a kill or a full disk leaves nothing but a
@@ -287,6 +302,11 @@ def write(
     files.update((VARIANTS[name], data) for name, data in variants.items())
     if report:
         files[REPORT] = report.encode()
+    if weights:
+        archive = io.BytesIO()
+        named = {str(number): array for number, array in enumerate(weights)}
+        np.savez_compressed(archive, allow_pickle=False, **named)
+        files[WEIGHTS] = archive.getvalue()
     listed = {
         name: File(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()
     }

@@ -271,7 +271,8 @@ class _Run:
             for step in tf.range(count):
                 self.strategy.run(single, args=(step, *arguments))
 
-        return several if self.replicas == 1 else together
+        chosen: Callable[..., Any] = several if self.replicas == 1 else together
+        return chosen
 
     def _average(self) -> None:
         # Less at the start, when there is little to remember.

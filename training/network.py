@@ -179,7 +179,7 @@ def _classes(file: Path) -> int:
 
     heads: list[int] = []
 
-    def look(name: str, item: Any) -> None:
+    def look(_: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.ndim == 2:
             heads.append(int(item.shape[1]))
 
@@ -210,6 +210,27 @@ def flops(network: keras.Model) -> int:
         places = np.prod(layer.output.shape[1:-1]) if len(layer.output.shape) > 2 else 1
         total += int(2 * np.prod(kernel.shape) * places)
     return total
+
+
+def seen(network: keras.Model, pixels: Pixels) -> list[tuple[str, str, np.ndarray]]:
+    """What the layers that a textbook draws make of one image, uint8 `[H, W, C]`: name, kind, and
+    activations `[H, W, C]` or `[units]`, in their order, without the output.
+    """
+    drawn = (
+        layers.Conv2D,
+        layers.MaxPooling2D,
+        layers.GlobalAveragePooling2D,
+        layers.Dense,
+    )
+    chosen = [layer for layer in network.layers[:-1] if isinstance(layer, drawn)]
+    if not chosen:
+        return []
+    inner = keras.Model(network.inputs, [layer.output for layer in chosen])
+    given = inner(pixels[np.newaxis].astype(np.float32), training=False)
+    return [
+        (layer.name, type(layer).__name__, np.asarray(each)[0])
+        for layer, each in zip(chosen, given if len(chosen) > 1 else [given], strict=True)
+    ]
 
 
 def _normalisation(images: Pixels) -> keras.Layer:

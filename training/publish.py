@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from service import bundle as bundles
 from service.bundle import (
@@ -194,22 +195,30 @@ def serving_version(model: Path, data: Dataset) -> Serving | None:
 
     It is scored on the same test images, brought to the size that it takes.
     """
+    found = newest_proven(model)
+    if found is None:
+        return None
+    bundle, loaded = found
+    labels = bundle.manifest.labels
+    if sorted(labels) != sorted(data.classes):
+        return Serving(bundle.version, None, f"its classes are {', '.join(labels)}")
+    order = [labels.index(name) for name in data.classes]
+    target = bundle.manifest.pixels
+    inputs = data.test.inputs if target == data.target else data.test.at(target)
+    given = answers(loaded.run, inputs)[:, order]
+    right = given.argmax(axis=1) == data.test.labels
+    scores = score_answers(given, data.test.labels)
+    return Serving(bundle.version, scores, "", right, loaded.run, inputs)
+
+
+def newest_proven(model: Path) -> tuple[Bundle, Model] | None:
+    """The newest version in the folder `model` that proves itself, loaded; None where none does."""
     for version in reversed(bundles.versions(model)):
         try:
             bundle = bundles.read(model / str(version))
-            loaded = Model.load(bundle, device="cpu")
+            return bundle, Model.load(bundle, device="cpu")
         except BrokenVersion:
             continue
-        labels = bundle.manifest.labels
-        if sorted(labels) != sorted(data.classes):
-            return Serving(version, None, f"its classes are {', '.join(labels)}")
-        order = [labels.index(name) for name in data.classes]
-        target = bundle.manifest.pixels
-        inputs = data.test.inputs if target == data.target else data.test.at(target)
-        given = answers(loaded.run, inputs)[:, order]
-        right = given.argmax(axis=1) == data.test.labels
-        scores = score_answers(given, data.test.labels)
-        return Serving(version, scores, "", right, loaded.run, inputs)
     return None
 
 
@@ -669,6 +678,7 @@ def publish(
     described: Manifest,
     test: Split,
     report: str = "",
+    weights: Sequence[npt.NDArray[Any]] = (),
 ) -> Bundle:
     """Makes the next version in the folder `model`, after each graph has proved itself by its golden
     answers, as it will have to when it is served.
@@ -684,7 +694,7 @@ def publish(
     bundle = Bundle(model, model.name, 0, described, onnx, golden, graphs)
     for name in ("fp32", *graphs):
         Model.load(bundle, findings.models[name].device, variant=name)
-    return bundles.write(model, described, onnx, golden, graphs, report)
+    return bundles.write(model, described, onnx, golden, graphs, report, weights)
 
 
 def choose_golden(split: Split) -> Pixels:

@@ -1,14 +1,16 @@
-"""One training run: load, build, fit, export, verify, score, gate, publish. Shows how far it is."""
+"""One training run: load, build, fit, calibrate, export, examine, judge, publish. Shows how far it is."""
 
 import contextlib
 import datetime
 import os
+import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields, replace
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # TensorFlow greets, and notes that a machine has no GPU, on standard error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -26,39 +28,124 @@ from rich.progress import (
 from rich.table import Table
 
 from service import bundle as bundles
-from service.bundle import Bundle, Golden, Manifest
+from service.bundle import Bundle, Manifest
+from service.cpu import whole_cores
 from service.errors import ConvoyError
 from service.model import Model
+from training import check, publish, report
 from training import data as datasets
 from training.data import Dataset, Split
-from training.evaluate import score
-from training.publish import Check, GateClosed, gate, provenance, serving_version
+from training.evaluate import answers, fit_temperature
+from training.publish import Candidate, Check, Findings, Verdict
 from training.settings import TrainingSettings
 
-_GOLDEN = 8
+if TYPE_CHECKING:
+    from training.fit import Epoch, Fitted
+
+# Training images by which int8 graphs are scaled.
+_CALIBRATION = 512
 
 
-def run(settings: TrainingSettings, console: Console) -> Bundle:
-    """Trains, proves and publishes; the new version.
+@dataclass(frozen=True)
+class Hooks:
+    """Who else wants to hear of a run, and may end it by raising."""
+
+    on_data: Callable[[Dataset], None] = lambda data: None
+    on_epoch: "Callable[[Epoch], None]" = lambda epoch: None
+    on_judged: Callable[[Findings, Verdict], None] = lambda findings, verdict: None
+
+
+def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) -> Bundle | None:
+    """Trains, proves and publishes; the new version. None on those of several machines that leave the
+    publishing to the first.
 
     Raises DataError, TrainingFailed, GateClosed, or ConvoyError where the disk refuses.
     """
-    began = datetime.datetime.now(datetime.UTC)
+    began, started = datetime.datetime.now(datetime.UTC), time.monotonic()
     with _progress(console) as progress:
         data = datasets.load(settings, _tracker(progress))
     console.print(_describe(data))
+    noted = check.summary(data)
+    for finding in noted:
+        console.print(f"[yellow]{finding.severity}[/]: {finding.text}", highlight=False)
+    hooks.on_data(data)
     with console.status("loading TensorFlow"), _quiet_stderr():
         from training import export, fit, network
 
-    fit.prepare(settings.seed)
-    built = network.basic(data, settings)
-    console.print(f"network {built.name}: {built.count_params():,} parameters")
+    strategy = fit.prepare(settings.seed)
+    start = _start(settings, data.name) if settings.warm_start else None
+    fitted = _fit(data, settings, strategy, start, console, hooks)
+    if not fitted.chief:
+        console.print("trained; the first machine exports and publishes")
+        return None
+
+    with console.status("exporting to ONNX"):
+        logits = export.logits_function(fitted.network, mirror=settings.mirror)
+        temperature = fit_temperature(
+            answers(logits, data.validation.inputs), data.validation.labels
+        )
+        serve = export.serving_function(fitted.network, temperature, mirror=settings.mirror)
+        graphs = _graphs(export.to_onnx(serve), data, settings, console)
+    candidate = Candidate(graphs, data.classes, export.predict(serve), temperature)
+    with console.status("proving the export"):
+        findings = publish.examine(candidate, data, settings)
+    folder = settings.models / data.name
+    # From the look at what serves to the rename: of two runs, the later is held against the earlier.
+    with bundles.exclusive(folder):
+        with console.status("comparing with what serves"):
+            serving = publish.serving_version(folder, data)
+            verdict = publish.judge(findings, data, serving, settings)
+        _tell(findings, verdict, console)
+        hooks.on_judged(findings, verdict)
+        verdict.admit(retrain=settings.retrain)
+        described = publish.manifest(
+            candidate,
+            findings,
+            verdict,
+            data,
+            settings,
+            created=began.isoformat(timespec="seconds"),
+            training=_story(data, settings, fitted, network.flops(fitted.network)),
+        )
+        page = _page(
+            described, findings, verdict, data, fitted, noted, folder, time.monotonic() - started
+        )
+        weights = fitted.network.get_weights() if settings.keep_weights else []
+        bundle = publish.publish(
+            folder, candidate, findings, verdict, described, data.test, page, weights
+        )
+    console.print(
+        f"published {bundle.folder}; what a person reads: {bundle.folder / bundles.REPORT}"
+    )
+    return bundle
+
+
+def _fit(
+    data: Dataset,
+    settings: TrainingSettings,
+    strategy: Any,
+    start: list[Any] | None,
+    console: Console,
+    hooks: Hooks,
+) -> "Fitted":
+    from training import fit
+
     with _progress(console) as progress:
         bar = progress.add_task("training", total=None)
+        began, first = time.monotonic(), 0
 
-        def on_step(step: int, steps: int, loss: float) -> None:
+        def on_resume(step: int, steps: int) -> None:
+            nonlocal first
+            first = step
+            progress.console.print(f"going on at step {step} of {steps}, where a run was killed")
+
+        def on_step(step: int, steps: int, loss: float, accuracy: float) -> None:
+            rate = (step - first) * settings.batch_size / (time.monotonic() - began)
             progress.update(
-                bar, completed=step, total=steps, description=f"training, loss {loss:.3f}"
+                bar,
+                completed=step,
+                total=steps,
+                description=f"loss {loss:.3f}  accuracy {accuracy:.3f}  {rate:,.0f} images/s",
             )
 
         def on_epoch(epoch: fit.Epoch) -> None:
@@ -68,70 +155,181 @@ def run(settings: TrainingSettings, console: Console) -> Bundle:
                 f"{len(data.train) / epoch.seconds:,.0f} images/s",
                 highlight=False,
             )
+            hooks.on_epoch(epoch)
 
-        history = fit.fit(built, data, settings, on_step, on_epoch)
-
-    with console.status("exporting to ONNX"):
-        serve = export.serving_function(built)
-        onnx = export.to_onnx(serve)
-    with console.status("proving the export"):
-        parity = export.verify(serve, onnx, data.test.inputs, settings.max_batch_size)
-        model = Model(onnx, device="cpu")
-        scores = score(model.run, data.test)
-    console.print(
-        f"ONNX {len(onnx) / 1e6:.2f} MB; against the network on {parity.images} images at batch sizes "
-        f"{parity.batch_sizes}: largest difference {parity.max_abs_difference:.1e}, "
-        f"label agreement {parity.label_agreement:.4f}",
-        highlight=False,
-    )
-    console.print(
-        f"test accuracy {scores.accuracy:.4f} ({scores.correct} of {scores.images}), of the ONNX file",
-        highlight=False,
-    )
-    pixels = choose_golden(data.test)
-    golden = Golden(pixels, model.run(pixels))
-    manifest = Manifest(
-        input=model.input,
-        output=model.output,
-        pixels=data.target,
-        labels=list(data.classes),
-        max_batch_size=settings.max_batch_size,
-        created=began.isoformat(timespec="seconds"),
-        scores=scores,
-        parity=parity,
-        training={
-            # All but where it was published, which is no part of how it was trained.
-            "settings": {k: v for k, v in asdict(settings).items() if k != "models"},
-            "images": {
-                name: {
-                    "count": len(split),
-                    "per_class": np.bincount(split.labels, minlength=len(data.classes)).tolist(),
-                    "sha256": split.fingerprint(),
-                }
-                for name, split in (
-                    ("train", data.train), ("validation", data.validation), ("test", data.test),
-                )
-            },
-            "epochs": [asdict(epoch) for epoch in history],
-        },
-        provenance=provenance(),
-    )  # fmt: skip
-    folder = settings.models / data.name
-    # From the look at what serves to the rename: of two runs, the later is held against the earlier.
-    with bundles.exclusive(folder):
-        serving = serving_version(folder, data)
-        guessing = float(np.bincount(data.test.labels).max() / len(data.test))
-        checks = gate(scores, parity, serving, settings, guessing)
-        console.print(gate_table(checks))
-        if not all(check.passed for check in checks):
-            raise GateClosed(checks)
-        manifest = replace(
-            manifest, training={**manifest.training, "gate": list(map(asdict, checks))}
+        fitted = fit.fit(data, settings, strategy, start, on_step, on_epoch, on_resume)
+    if fitted.best_epoch < len(fitted.epochs):
+        console.print(
+            f"no better validation loss after epoch {fitted.best_epoch}: its weights are taken"
         )
-        model.prove(Bundle(folder, data.name, 0, manifest, onnx, golden))
-        bundle = bundles.write(folder, manifest, onnx, golden)
-    console.print(f"published {bundle.folder}")
-    return bundle
+    return fitted
+
+
+def _start(settings: TrainingSettings, name: str) -> list[Any] | None:
+    """The weights of the version that serves, to go on from; None where nothing serves yet."""
+    found = publish.newest_proven(settings.models / name)
+    if found is None:
+        return None
+    bundle, _ = found
+    weights = bundle.weights()
+    if not weights:
+        raise ConvoyError(
+            f"{bundle.folder} holds no weights to start from: it was published with "
+            "--no-keep-weights; start from chance with --no-warm-start"
+        )
+    return weights
+
+
+def _graphs(
+    onnx: bytes, data: Dataset, settings: TrainingSettings, console: Console
+) -> dict[str, bytes]:
+    """The graph in every precision asked for that it can be made in."""
+    from training import variants
+
+    cleaned = variants.clean(onnx)
+    graphs = {"fp32": cleaned}
+    if settings.storage == "float16":
+        graphs["fp32"] = variants.store_halves(cleaned)
+    chosen = np.random.default_rng(settings.seed).permutation(len(data.train))[:_CALIBRATION]
+    make: dict[str, Callable[[], bytes]] = {
+        "int8": lambda: variants.int8(cleaned, data.train.inputs[np.sort(chosen)]),
+        "fp16": lambda: variants.fp16(cleaned),
+    }
+    for name in settings.variants:
+        try:
+            graphs[name] = make[name]()
+        except ConvoyError as error:
+            console.print(f"[yellow]no {name} graph[/]: {error}", highlight=False)
+    return graphs
+
+
+def _story(
+    data: Dataset, settings: TrainingSettings, fitted: "Fitted", flops: int
+) -> dict[str, Any]:
+    """How it was trained: what the manifest keeps of it."""
+    # All but where it was published, which is no part of how it was trained.
+    elsewhere = {"models", "checkpoints", "summary", "textfile", "base", "retrain", "cache"}
+    return {
+        "settings": {k: v for k, v in asdict(settings).items() if k not in elsewhere},
+        "images": {
+            name: {
+                "count": len(split),
+                "per_class": np.bincount(split.labels, minlength=len(data.classes)).tolist(),
+                "sha256": split.fingerprint(),
+            }
+            for name, split in (
+                ("train", data.train), ("validation", data.validation), ("test", data.test),
+            )
+        },
+        "profile": _profile(data.train),
+        "epochs": [asdict(epoch) for epoch in fitted.epochs],
+        "best_epoch": fitted.best_epoch,
+        "precision": fitted.precision,
+        "replicas": fitted.replicas,
+        "parameters": fitted.network.count_params(),
+        "flops_per_image": flops,
+        "flops": 3 * flops * len(data.train) * len(fitted.epochs),
+        "machine": machine(),
+    }  # fmt: skip
+
+
+def _profile(split: Split) -> dict[str, Any]:
+    """What training images look like: how bright and of what contrast they are, 0 to 255, in shares of
+    a hundredth. What is served later can be held against it.
+    """
+    brightness = np.empty(len(split), np.float32)
+    contrast = np.empty(len(split), np.float32)
+    for start in range(0, len(split), 256):
+        chunk = split.inputs[start : start + 256].reshape(-1, split.inputs[0].size)
+        brightness[start : start + 256] = chunk.mean(axis=1)
+        contrast[start : start + 256] = chunk.std(axis=1)
+    shares = np.linspace(0, 1, 101)
+    return {
+        "brightness": np.quantile(brightness, shares).round(2).tolist(),
+        "contrast": np.quantile(contrast, shares).round(2).tolist(),
+    }
+
+
+def machine() -> str:
+    """The processor, or the cards, that this runs on."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in (
+            Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        ):
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {whole_cores()} cores"
+
+
+def _page(
+    described: Manifest,
+    findings: Findings,
+    verdict: Verdict,
+    data: Dataset,
+    fitted: "Fitted",
+    noted: list[check.Finding],
+    folder: Path,
+    seconds: float,
+) -> str:
+    from training import network
+
+    given = answers(findings.models["fp32"].run, data.test.inputs)
+    # One that is right, and plainly so: the story is of how it sees, not of how it errs.
+    shown = int(np.argmax(np.where(given.argmax(1) == data.test.labels, given.max(1), 0)))
+    one = [(model.run, data.test.inputs[:1]) for model in findings.models.values()]
+    alone = publish.time_side_by_side(one)
+    return report.render(
+        report.Record(
+            name=data.name,
+            version=max(bundles.versions(folder), default=0) + 1,
+            manifest=described,
+            evaluation=findings.evaluation,
+            checks=[asdict(each) for each in verdict.checks],
+            findings=[asdict(each) for each in noted],
+            pixels=data.test.inputs,
+            probabilities=given,
+            truth=data.test.labels,
+            layers=[
+                report.Layer(*layer)
+                for layer in network.seen(fitted.network, data.test.inputs[shown])
+            ],
+            shown=shown,
+            latency_ms={
+                name: 1e3 / rate for name, rate in zip(findings.models, alone, strict=True)
+            },
+            machine=machine(),
+            seconds=seconds,
+        )
+    )
+
+
+def _tell(findings: Findings, verdict: Verdict, console: Console) -> None:
+    """What came of it, as a person reads it."""
+    if findings.parity:
+        parity = findings.parity
+        console.print(
+            f"ONNX {findings.sizes['fp32'] / 1e6:.2f} MB; against the network on {parity.images} images "
+            f"at batch sizes {parity.batch_sizes}: largest difference {parity.max_abs_difference:.1e}, "
+            f"label agreement {parity.label_agreement:.4f}",
+            highlight=False,
+        )
+    if findings.evaluation:
+        found = findings.evaluation
+        console.print(
+            f"test accuracy {found.accuracy:.4f} ({found.correct} of {found.images}), of the ONNX file; "
+            f"calibration error {found.uncalibrated.error:.4f}, with temperature "
+            f"{found.temperature:.3f} {found.calibrated.error:.4f}",
+            highlight=False,
+        )
+    for name, variant in findings.variants.items():
+        console.print(
+            f"{name:5} accuracy {variant.scores.accuracy:.4f}, {variant.images_per_s:,.0f} images/s, "
+            f"{variant.speedup:.2f} times fp32's, {findings.sizes[name] / 1e6:.2f} MB",
+            highlight=False,
+        )
+    console.print(gate_table(verdict.checks))
 
 
 def load_test(
@@ -166,22 +364,17 @@ def load_test(
     return bundle, Model.load(bundle, device="cpu"), test
 
 
-def choose_golden(split: Split) -> Any:
-    """A few test images, of as many classes as possible."""
-    _, first = np.unique(split.labels, return_index=True)
-    rest = np.setdiff1d(np.arange(len(split)), first)
-    return split.inputs[np.concatenate([first, rest])[:_GOLDEN]]
-
-
 def gate_table(checks: list[Check]) -> Table:
     """The gate as a person reads it."""
     table = Table("gate", "value", "wanted", "")
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
-    for check in checks:
-        verdict = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
-        if check.suspicious:
+    for each in checks:
+        verdict = "[green]passed[/]" if each.passed else "[red]FAILED[/]"
+        if each.suspicious:
             verdict = "[yellow]SUSPICIOUS[/]"
-        table.add_row(check.name, check.value, check.wanted, verdict)
+        elif not each.passed and not each.closes:
+            verdict = "[yellow]LEFT OUT[/]"
+        table.add_row(each.name, each.value, each.wanted, verdict)
     return table
 
 

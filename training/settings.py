@@ -160,8 +160,8 @@ class TrainingSettings:
     """Folder of what a killed run needs to go on; removed when it ends."""
 
     resume: bool = True
-    """Go on where a run with the same settings and data was killed, to the same weights that it would
-    have come to. --no-resume begins anew."""
+    """Go on where a run with the same settings and data was killed, to the weights that it would have
+    come to. --no-resume begins anew."""
 
     tensorboard: Path | None = None
     """Folder for TensorBoard's logs; none by default."""
@@ -180,6 +180,10 @@ class TrainingSettings:
     storage: Literal["float32", "float16"] = "float32"
     """What the float32 graph's weights are stored in. float16 halves the file and moves probabilities
     by about 1e-3; they are computed with in float32 all the same."""
+
+    keep_weights: bool = True
+    """Publish the network's own weights beside the graphs, for --warm-start. As large as the float32
+    graph."""
 
     variants: tuple[Literal["int8", "fp16"], ...] = ("int8", "fp16")
     """Graphs in other precisions that are published beside the float32 one, where each passes the gate:
