@@ -476,7 +476,8 @@ def choose_thresholds(
     others, arXiv:2104.08279): a guard against strangers where validation shows no mistake.
 
     A class, by what images were taken for, has a higher one where its answers would else be wrong more
-    often than that. Fewer than 50 images choose nothing: no threshold at all, or that of all classes.
+    often than that, and chance alone would seldom (p < 0.05) have it so. Fewer than 50 images choose
+    nothing: no threshold at all, or that of all classes.
 
     Raises NotEvaluable.
     """
@@ -492,13 +493,12 @@ def choose_thresholds(
     unsure = 0.0
     if len(right) >= _ENOUGH:
         unsure = max(_least(confidence, right, wanted), _lowest(confidence, outliers))
-    own = []
+    own = [unsure] * classes
     for label in range(classes):
         chosen = (named == label) & (confidence >= unsure)
-        enough = chosen.sum() >= _ENOUGH
-        own.append(
-            max(unsure, _least(confidence[chosen], right[chosen], wanted) if enough else 0.0)
-        )
+        images, wrong = int(chosen.sum()), int((~right[chosen]).sum())
+        if images >= _ENOUGH and _is_more(wrong, images, wanted):
+            own[label] = max(unsure, _least(confidence[chosen], right[chosen], wanted))
     found = Thresholds(unsure, own, 0.0, 0.0)
     taken = sure(test_probabilities, found)
     hits = _top(test_probabilities)[0][taken] == test_labels[taken]
@@ -532,6 +532,14 @@ def _least(confidence: _Floats, right: Right, wanted: float) -> float:
     reached = shares <= max(wanted, shares.min())
     last = int(answered[possible][reached][-1])
     return 0.0 if last == len(order) else float(falling[last - 1])
+
+
+def _is_more(count: int, of: int, share: float) -> bool:
+    """Whether chance would seldom make it so many, were their share `share`."""
+    from scipy import stats
+
+    p_value = stats.binomtest(count, of, share, alternative="greater").pvalue
+    return bool(p_value < 1 - _CONFIDENCE)
 
 
 def _lowest(confidence: _Floats, share: float) -> float:
