@@ -417,6 +417,24 @@ def test_a_class_that_is_mistaken_more_often_has_a_threshold_of_its_own() -> Non
     assert len(set(choose_thresholds(given[few], labels[few], given, labels).per_class)) == 1
 
 
+def test_a_class_has_none_for_a_few_mistakes_more_that_chance_explains() -> None:
+    """51 of 400 are wrong, and 6.4% are wanted. There 10 of 170 answers a are wrong, and 11 of 170
+    answers b: 6.5%.
+    """
+    top = np.tile(np.linspace(0.6, 0.95, 200), 2).astype(np.float32)
+    is_b = np.arange(400) >= 200
+    given = np.stack([np.where(is_b, 1 - top, top), np.where(is_b, top, 1 - top)], axis=1)
+    wrong = np.isin(np.arange(400), [*range(40), *range(245, 400, 15)])
+    labels = np.where(wrong, ~is_b, is_b).astype(np.int64)
+    found = choose_thresholds(given, labels, given, labels)
+    taken = sure(given, found)
+    assert [(int(wrong[taken & c].sum()), int((taken & c).sum())) for c in (~is_b, is_b)] == [
+        (10, 170), (11, 170),
+    ]  # fmt: skip
+    assert wrong[taken & is_b].mean() > wrong.mean() / 2
+    assert found.per_class == [found.unsure] * 2
+
+
 def test_where_no_test_image_is_answered_none_is_right() -> None:
     given, labels = two([0.9 + n / 2000 for n in range(100)], [True] * 100)
     low, truth = two([0.6], [True])

@@ -189,7 +189,7 @@ VARIANT = Variant(Scores(0.945, 945, 1000, 0.2), 0.99, 300.0, 1.5, "cpu")
 
 
 def with_variant(correct: int) -> Findings:
-    """5 of the images that both have right are lost for one that is won."""
+    """Of a variant that has so many right, of those that fp32 has right or more."""
     variant = replace(VARIANT, scores=Scores(correct / 1000, correct, 1000, 0.2))
     return replace(
         FOUND,

@@ -213,6 +213,24 @@ def test_an_honest_export_passes_the_whole_line(
         second.verdict.admit(retrain=True)
 
 
+def test_a_handful_of_images_passes_too(colours: Honest, tmp_path: Path) -> None:
+    """One to validate with, three to test with: nobody knows much then, and it says so."""
+    _, first = np.unique(colours.data.test.labels, return_index=True)
+    validation, test = (
+        Split(split.inputs[chosen], split.labels[chosen])
+        for split, chosen in ((colours.data.validation, np.array([0])), (colours.data.test, first))
+    )
+    data = dataclasses.replace(colours.data, validation=validation, test=test)
+    made = line(tmp_path / "colours", colours.candidate(), data)
+    assert made.failed == set()
+    assert made.bundle
+    found = made.findings.evaluation
+    assert found
+    assert found.accuracy_interval.high - found.accuracy_interval.low > 0.5
+    assert made.findings.thresholds
+    assert made.findings.thresholds.unsure == 0
+
+
 # Than what serves.
 WORSE = {"not worse than version 1", "not significantly worse than version 1"}
 
