@@ -10,8 +10,8 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import PurePath
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,21 @@ from PIL import Image
 
 from service.bundle import VARIANTS, Manifest, Probabilities
 from service.images import Pixels
+from training.check import Example, Finding
 from training.data import Labels
 from training.evaluate import Calibration, Evaluation, Interval
+from training.publish import Check
 from training.settings import TrainingSettings
 
 Activations = npt.NDArray[np.float32]
 
 # How much of what may be much is shown.
-_MISTAKES, _SAMPLES, _EXAMPLES = 18, 12, 5
+_MISTAKES, _SAMPLES, _EXAMPLES, _TOGETHER = 18, 12, 5, 4
 _MOST_CLASSES, _MOST_OPEN, _MOST_NUMBERED = 100, 30, 20
 # Sides in pixels: of pictures, and of maps; pixels of all maps together, which decide about the size.
 _SIDE, _MAP, _MAP_BUDGET = 64, 32, 40_000
 _PER_ROW = 16
-_SEVERITIES = {"error": 0, "warning": 1, "info": 2, "note": 2}
+_SEVERITIES = {"error": "bad", "warning": "odd", "note": "info"}
 
 _BLUE, _ORANGE = (11, 97, 164), (196, 78, 8)
 _SHADES, _COLOURS = 12, 32
@@ -61,7 +63,7 @@ code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 small{display:block;font-size:.82em;color:var(--soft);font-weight:400}
 section{margin-top:40px;padding-top:28px;border-top:1px solid var(--line)}
 .over{color:var(--soft);font-size:14px;margin-bottom:6px}
-.claim{font-size:20px;line-height:1.4;margin:10px 0 22px}
+.claim{font-size:20px;line-height:1.4;margin:10px 0 22px;max-width:none;text-wrap:balance}
 .soft{color:var(--soft)}
 nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin-top:22px;font-size:14px}
 a{color:var(--a);text-decoration:none}
@@ -104,11 +106,13 @@ tbody th{font-weight:550}
 tbody th,td:not(.n),code{overflow-wrap:anywhere}
 .n{text-align:right;white-space:nowrap}
 .sum>*{font-weight:600}
+.pairs .n{width:1%;padding-left:12px}
 .mark{white-space:nowrap}
 .badge{display:inline-flex;align-items:center;gap:6px;font-size:13px;font-weight:600;color:var(--k)}
 .badge b{flex:none;width:17px;height:17px;line-height:17px;border-radius:50%;background:var(--k);
 color:var(--page);text-align:center;font-size:11px}
 .good{--k:var(--good)}.bad{--k:var(--b)}.odd{--k:var(--odd)}.info{--k:var(--a)}
+.classes small{display:inline;margin-left:8px}
 .checks th{width:24%}.checks th:nth-child(2){width:14%}.checks th:nth-child(3){width:22%}.checks td:last-child{color:var(--soft)}
 .wide{width:28%;vertical-align:middle}.half{width:40%}
 .whisker{display:block;width:100%;height:auto;max-height:20px}
@@ -147,7 +151,8 @@ font-size:14px}
 .settings th,.settings td{width:33%}
 details{margin-top:18px}
 summary{cursor:pointer;color:var(--a);font-size:14px;margin-bottom:8px}
-@media (max-width:600px){
+@media screen and (max-width:600px){
+.classes small{display:block;margin:0}
 main{padding:20px 16px 40px}
 body{font-size:15px}h1{font-size:27px}h2{font-size:20px}.claim{font-size:18px}
 section{margin-top:28px;padding-top:20px}
@@ -174,14 +179,17 @@ border-bottom:1px solid var(--line)}
 @media print{
 :root{--ink:#000;--soft:#3c4248;--line:#bbb;--tint:#f2f2f2;color-scheme:light}
 body{font-size:10.5pt;-webkit-print-color-adjust:exact;print-color-adjust:exact}
-main{max-width:none;padding:0}
+main{max-width:none;padding:0;zoom:.84}
 nav,summary{display:none}
 section{margin-top:20pt;padding-top:14pt}
-h2,h3,thead{break-after:avoid}
-figure,tr,.tiles div,.steps>li,.findings li,.chart{break-inside:avoid}
+h2,h3,thead,section>p{break-after:avoid}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(120px,1fr))}
+.settings th,.settings td{padding-top:1px;padding-bottom:1px}
+section,p,figcaption,figure,tr,.tiles div,.steps>li,.findings li,.chart{break-inside:avoid}
 figure:has(table){break-inside:auto}
-.grid{grid-template-columns:1fr 1fr}
-.pictures{grid-template-columns:repeat(6,1fr)}.samples{grid-template-columns:repeat(4,1fr)}
+.grid{grid-template-columns:1fr 1fr;gap:24px 32px}
+.pictures{grid-template-columns:repeat(9,1fr)}.pictures figcaption{font-size:11.5px}
+.samples{grid-template-columns:repeat(6,1fr)}
 details::details-content{content-visibility:visible;display:block}
 p,figcaption,li{orphans:3;widows:3}
 }
@@ -203,19 +211,20 @@ class Layer:
 class Record:
     """All that the page is made of. What is left out has no section.
 
-    `version` is 0 where nothing was published. `pixels` uint8 `[N, H, W, C]`, `probabilities`
-    `[N, classes]` and `truth` `[N]` are the test images, what the exported graph says about them and
-    what they show. `checks` and `findings` are `publish.Check` and `check.Finding` as dicts; a check
-    may have an `interval`. `layers` is what the network makes of the test image at `shown`, from first
-    to last, without the output. `latency_ms` is how long one image alone takes in each variant.
+    `version` is 0 where nothing was published. Of the `manifest`, `training` has the settings, the images
+    by split and the epochs; its `files`, where they are known already, give the graphs' sizes and sums.
+    `pixels` uint8 `[N, H, W, C]`, `probabilities` `[N, classes]` and `truth` `[N]` are the test images,
+    what the exported graph says about them, and what they show. `layers` is what the network makes of the
+    test image at `shown`, from first to last, without the output. `latency_ms` is how long one image
+    alone takes, by the names in VARIANTS. `seconds` is the time that the whole run took.
     """
 
     name: str
     version: int
     manifest: Manifest
     evaluation: Evaluation | None = None
-    checks: Sequence[Mapping[str, Any]] = ()
-    findings: Sequence[Mapping[str, Any]] = ()
+    checks: Sequence[Check] = ()
+    findings: Sequence[Finding] = ()
     pixels: Pixels | None = None
     probabilities: Probabilities | None = None
     truth: Labels | None = None
@@ -364,18 +373,16 @@ def _figures(record: Record) -> _Node:
     tiles: list[tuple[str, str, str]] = []
     color = ""
     if record.checks:
-        passed = sum(bool(check["passed"]) for check in record.checks)
-        odd = sum(bool(check.get("suspicious")) for check in record.checks)
-        color = "good" if passed == len(record.checks) else "bad"
+        passed = sum(check.passed for check in record.checks)
+        odd = sum(check.suspicious for check in record.checks)
+        color = "bad" if _closed(record) else "good"
         note = f"{passed} of {_plural(len(record.checks), 'check')}"
         note += f", {odd} to look at" if odd else ""
-        tiles.append(("Gate", "Passed" if color == "good" else "Failed", note))
+        tiles.append(("Gate", "Failed" if _closed(record) else "Passed", note))
     if found:
-        worst, before = found.worst, _percent(found.uncalibrated.error)
-        tiles.append(("Weakest class", _percent(worst.recall), f"of {_short(worst.name)} found"))
-        tiles.append(
-            ("Calibration error", _percent(found.calibrated.error), f"{before} before scaling")
-        )
+        worst, chance = found.worst, f"up to {_percent(found.calibrated.by_chance)} is chance"
+        tiles.append(("Weakest class", _percent(worst.recall), f"recall, of {_short(worst.name)}"))
+        tiles.append(("Calibration error", _percent(found.calibrated.error), chance))
     if thresholds:
         note = f"right, in {_percent(thresholds.coverage)} of images"
         tiles.append(("Where it is sure", _percent(thresholds.accuracy), note))
@@ -390,17 +397,29 @@ def _figures(record: Record) -> _Node:
     return boxes and _tag("dl", boxes, c=f"tiles {color}")
 
 
+def _closed(record: Record) -> int:
+    """How many checks failed that keep a version from being published."""
+    return sum(check.closes and not check.passed for check in record.checks)
+
+
 def _verdict(record: Record) -> _Node:
-    checks = record.checks
+    checks, closed = record.checks, _closed(record)
     if not checks:
         return None
-    failed = sum(not check["passed"] for check in checks)
-    odd = sum(bool(check["passed"] and check.get("suspicious")) for check in checks)
+    left = sum(not check.passed for check in checks) - closed
+    odd = sum(check.passed and check.suspicious for check in checks)
     text = f"The gate is open: all {_plural(len(checks), 'check')} passed."
-    if failed:
+    if closed:
         text = (
-            f"The gate is closed: {failed} of {_plural(len(checks), 'check')} failed, so this version "
-            "was not published."
+            f"The gate is closed: {closed} of {_plural(len(checks), 'check')} failed, so this version was "
+            "not published."
+        )
+    elif left:
+        text = f"The gate is open: {len(checks) - left} of {_plural(len(checks), 'check')} passed."
+    if left and not closed:
+        text += (
+            " A check of a variant that fails keeps that variant out, and the version goes without it: "
+            f"{_plural(left, 'variant')} left out."
         )
     if odd:
         text += (
@@ -408,24 +427,18 @@ def _verdict(record: Record) -> _Node:
             "you rely on it."
         )
 
-    def row(check: Mapping[str, Any]) -> _Markup:
+    def row(check: Check) -> _Markup:
         mark = _badge("good", "passed")
-        if not check["passed"]:
-            mark = _badge("bad", "failed")
-        elif check.get("suspicious"):
+        if not check.passed:
+            mark = _badge("bad", "failed") if check.closes else _badge("odd", "left out")
+        elif check.suspicious:
             mark = _badge("odd", "suspicious")
-        interval = check.get("interval") or ""
-        if interval and not isinstance(interval, str):
-            low, high = interval.values() if isinstance(interval, Mapping) else interval
-            interval = f"{low:.4f} to {high:.4f}"
-        return _row(
-            str(check["name"]),
-            _tag("td", mark, c="mark"),
-            _tag("td", str(check["value"]), interval and _tag("small", interval), data_of="Value"),
-            _tag("td", str(check["wanted"]), data_of="Wanted"),
-        )
+        cells = [("Value", check.value), ("Wanted", check.wanted)]
+        # A telephone shows the heads beside the figures.
+        there = [_tag("td", _tag("span", text), data_of=of) for of, text in cells]
+        return _row(check.name, _tag("td", mark, c="mark"), *there)
 
-    order = sorted(checks, key=lambda check: (bool(check["passed"]), not check.get("suspicious")))
+    order = sorted(checks, key=lambda check: (check.passed, not check.closes, not check.suspicious))
     head = ("Check", "Result", "Value", "Wanted")
     return [_tag("p", text), _table(head, map(row, order), c="stack checks")]
 
@@ -521,7 +534,9 @@ def _classes(record: Record) -> _Node:
         figures.append(
             _figure(
                 "Most frequent confusions",
-                _table(("Shows", "Taken for", "Times", "Share of class"), rows, numbers=2),
+                _table(
+                    ("Shows", "Taken for", "Times", "Share of class"), rows, numbers=2, c="pairs"
+                ),
                 "A pair that stands out in both directions may be hard to tell apart for people, too, "
                 "or have mislabelled images.",
             )
@@ -796,7 +811,6 @@ def _variants(record: Record) -> _Node:
         if manifest.files:
             file = manifest.files.get(VARIANTS[name])
             cells.append(_bytes(file.bytes) if file else "–")
-        # A telephone shows the heads beside the figures.
         return _row(
             name,
             *[
@@ -829,7 +843,7 @@ def _data(record: Record) -> _Node:
     }
     parts: list[_Node] = []
     if record.findings:
-        order = sorted(record.findings, key=_severity)
+        order = sorted(record.findings, key=lambda f: list(_SEVERITIES).index(f.severity))
         parts.append(_tag("ul", map(_finding, order), c="findings"))
     if splits:
         labels = record.manifest.labels
@@ -863,8 +877,9 @@ def _data(record: Record) -> _Node:
         )
         ratio = counts.sum(axis=0).max() / max(counts.sum(axis=0).min(), 1)
         caption = (
-            f"Images by class and split (bars: from dark to light). The largest class has {ratio:.3g} times as many as the "
-            "smallest: classes with few images are learned worse, and their figures are less certain."
+            "Images by class and split (bars: from dark to light). The largest class has "
+            f"{ratio:.3g} times as many as the smallest: classes with few images are learned worse, and "
+            "their figures are less certain."
         )
         whole = _figure("", table, caption)
         if len(labels) > _MOST_OPEN:
@@ -977,7 +992,7 @@ def _lines(
     left, right, top, bottom = 44, 12, 8, 36
     xs, ys = [x for x, _ in every], [y for _, y in every]
     x_ticks = _ticks(min(xs), max(xs), 6, whole=not shares)
-    y_ticks = _ticks(min(ys), 1.0 if percent else max(ys), 5)
+    y_ticks = _ticks(min(*ys, 0.99), 1, 5) if percent else _ticks(min(ys), max(ys), 5)
     x_low, x_high = (x_ticks[0], x_ticks[-1]) if shares else (min(xs), max(xs))
     if x_low == x_high:
         x_low, x_high = x_low - 0.5, x_high + 0.5
@@ -1123,7 +1138,7 @@ def _confusion(counts: "npt.NDArray[np.int64]", names: Sequence[str]) -> _Node:
         marks.append(_label(margin - 5, middle, name, "e"))
         marks.append(_label(middle, margin - 5, name, "", turned=True))
     size = margin + side + 1
-    return _svg(size, size, marks, "confusion matrix", most=max(size * 1.25, 420))
+    return _svg(size, size, marks, "confusion matrix", most=size * 1.25)
 
 
 def _opacity(level: int) -> float:
@@ -1365,30 +1380,35 @@ def _story(layer: Layer) -> tuple[str, ...]:
     return (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", layer.kind),)
 
 
-def _severity(finding: Mapping[str, Any]) -> int:
-    return _SEVERITIES.get(str(finding.get("severity")), 1)
-
-
-def _finding(finding: Mapping[str, Any]) -> _Markup:
-    examples = list(finding.get("examples") or ())
-    more = len(examples) - _EXAMPLES
-    shown = [[_tag("code", str(example)), _tag("br")] for example in examples[:_EXAMPLES]]
+def _finding(finding: Finding) -> _Markup:
+    more = len(finding.examples) - _EXAMPLES
     return _tag(
         "li",
-        _badge(("bad", "odd", "info")[_severity(finding)], str(finding.get("severity", "warning"))),
+        _badge(_SEVERITIES[finding.severity], finding.severity),
         _tag(
             "div",
-            str(finding.get("text", "")),
-            shown and _tag("small", shown, more > 0 and f"and {more:,} more"),
+            finding.text,
+            finding.advice and _tag("small", finding.advice),
+            [_tag("small", _tag("code", _group(group))) for group in finding.examples[:_EXAMPLES]],
+            more > 0 and _tag("small", f"and {more:,} more"),
         ),
     )
+
+
+def _group(group: Sequence[Example]) -> str:
+    # The split, the class and the file: where the data lay is nobody's business.
+    named = [
+        replace(one, file=one.file and Path(*one.file.parts[-3:])) for one in group[:_TOGETHER]
+    ]
+    more = len(group) - len(named)
+    return " = ".join(map(str, named)) + (f" and {more:,} more" if more else "")
 
 
 def _plain(value: Any) -> Any:
     """As JSON has it, so that what is set can be compared with what was read back."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, PurePath) else value
+    return str(value) if isinstance(value, Path) else value
 
 
 def _setting(value: Any) -> _Node:
@@ -1445,7 +1465,8 @@ def _bytes(count: int) -> str:
 
 
 def _short(name: str, most: int = 14) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    # Names of many classes often begin, or end, alike.
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most + most // 2 :]}"
 
 
 def _slug(title: str) -> str:
