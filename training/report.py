@@ -68,7 +68,8 @@ section{margin-top:40px;padding-top:28px;border-top:1px solid var(--line)}
 nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin-top:22px;font-size:14px}
 a{color:var(--a);text-decoration:none}
 a:hover{text-decoration:underline}
-dl,dd,figure{margin:0}
+dl,dd,figure{margin:0;min-width:0;overflow-wrap:anywhere}
+.tiles div,.steps>li>*{min-width:0}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px}
 .tiles div{background:var(--tint);border-radius:8px;padding:12px 14px}
 .tiles dt,.tiles .note{font-size:13px;line-height:1.35;color:var(--soft)}
@@ -127,7 +128,7 @@ border-radius:2px;overflow:hidden}
 .pictures figcaption>*{display:block}
 .pictures .wrong{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 6px;color:var(--b)}
 .samples{grid-template-columns:repeat(auto-fill,minmax(150px,1fr))}
-.answers{display:grid;gap:2px}
+.answers{display:grid;gap:2px;grid-template-columns:minmax(0,1fr)}
 .answers>span{display:grid;grid-template-columns:minmax(0,1fr) 34% 46px;gap:6px;align-items:center}
 .answers .bar{width:100%}
 .samples .answers>span{grid-template-columns:minmax(0,1fr) auto;gap:0 6px}
