@@ -227,16 +227,26 @@ class Ticket:
             self.done(Cancelled("the request was cancelled"))
 
 
+class _Flight:
+    """A batch that the device has. It is at it since `began`; None while it has another before it."""
+
+    __slots__ = ("began", "expected_s")
+
+    def __init__(self, began: float | None, expected_s: float) -> None:
+        self.began, self.expected_s = began, expected_s
+
+
 # Rows of a request that go into one batch: from, to.
 _Slice: TypeAlias = tuple[Ticket, int, int]
 _Ending: TypeAlias = tuple[Ticket, Answer | Exception]
 
 
 class Batcher:
-    """Gathers the rows of concurrent requests into batches for `run`, one batch at a time.
+    """Gathers the rows of concurrent requests into batches for `run`, one batch at a time, or as many
+    as there are `lanes`.
 
     `run` takes uint8 `[n, *row_shape]`, n up to `max_batch_size`, and gives float32 `[n, classes]`.
-    Batches run on the thread that calls `run_next`, or on one of their own after `start`. Safe to
+    Batches run on the thread that calls `run_next`, or on one of each lane after `start`. Safe to
     call from any thread. Deadlines are on the clock of `time.monotonic`.
     """
 
@@ -249,7 +259,8 @@ class Batcher:
         times: BatchTimes,
         max_wait_s: float,
         sizes: Sequence[int] = (),
-        buffer: Callable[[int], Rows | None] = lambda size: None,
+        buffer: Callable[[int, int], Rows | None] = lambda size, lane: None,
+        lanes: int = 1,
         on_batch: Callable[[Batch], None] = lambda batch: None,
         on_bug: Callable[[BaseException], None] = lambda bug: None,
         name: str = "batcher",
@@ -258,8 +269,10 @@ class Batcher:
         """`max_wait_s` is how long a request may be expected to wait before it runs.
 
         `sizes`: those that are run, up to `max_batch_size`; smaller batches get zeros after the rows
-        there are. `buffer(size)` gives the array in which a batch that is put together goes to
-        `run`, None where any will do.
+        there are. `buffer(size, lane)` gives the array in which a batch goes to `run`, None where
+        any will do.
+        `lanes`: with two, a device that copies while it computes has the next batch at hand when
+        it is done with one. Only a full batch goes before that: others would be smaller for it.
         `on_batch` hears of every run; `on_bug` of an error in the batcher itself, after which
         every waiting request has failed and new ones are refused.
         """
@@ -274,18 +287,25 @@ class Batcher:
         self._name = name
         self._clock = clock
         rows = np.empty((max_batch_size, *row_shape), np.uint8)
-        given = [buffer(size) for size in self._sizes]
-        self._buffers = [rows if each is None else each for each in given] or [rows]
+        given = [[buffer(size, lane) for size in self._sizes] for lane in range(lanes)]
+        self._bound = any(each is not None for each in given[0])
+        if lanes > 1 and not self._bound:
+            raise ValueError("lanes need buffers of their own")
+        self._buffers = [
+            [rows if each is None else each for each in of_lane] or [rows] for of_lane in given
+        ]
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
-        self._asleep = False
-        self._thread: threading.Thread | None = None
+        self._asleep = 0
+        self._threads: list[threading.Thread] = []
         self._closed = False
         # One for each priority that was ever asked for, the default first.
         self._queues = [_Queue(_DEFAULT_LEVEL)]
         self._rows = 0
-        self._running = False
-        # While a batch runs, when it should be done; after it, when it was.
+        # The lanes at work, until their answers are told; and what the device has, oldest first.
+        self._busy: set[int] = set()
+        self._flights: list[_Flight] = []
+        # While batches run, when the last should be done; after it, when it was.
         self._free_at = clock()
         # The rows of the last batch, and whether others were left. What then goes by for each row
         # until the next starts: answers are given and requests are read, perhaps on the same core.
@@ -338,8 +358,7 @@ class Batcher:
             queue.tickets.append(ticket)
             self._add(queue, min(count, self._max))
             if self._asleep:
-                self._asleep = False
-                self._wake.notify()
+                self._rouse()
         return ticket
 
     def check(self, deadline: float | None) -> None:
@@ -363,25 +382,29 @@ class Batcher:
             seconds = self._rest_s(now) + self._run_s(self._ahead(self._queue(0), now) + rows)
             return seconds * self._trust(now)
 
-    def run_next(self) -> bool:
-        """Runs one batch on this thread; False where nothing waited, or a batch runs already."""
+    def run_next(self, lane: int = 0) -> bool:
+        """Runs one batch on this thread; False where nothing waited, or what did waits for a batch
+        that runs already.
+        """
         batch: list[_Slice] = []
         try:
             with self._lock:
-                if self._running or not self._rows:
+                if lane in self._busy or not self._due:
                     return False
-                self._running = True
+                self._busy.add(lane)
                 now = self._clock()
                 if self._left_some:
                     self._learn_gap(now)
                 self._asked = 0
-                batch, late = self._take(now)
+                batch, flight, late = self._take(now)
+                if self._asleep:
+                    self._rouse()
             if late:
                 _tell(late)
             if batch:
-                self._run_batch(batch, now)
+                self._run_batch(batch, flight, lane)
             self._left_some = self._rows > 0
-            self._running = False
+            self._busy.discard(lane)
         # A bug here must not leave callers waiting for what will never come.
         except BaseException as bug:
             log.critical("bug in the batcher", exc_info=True)
@@ -390,9 +413,13 @@ class Batcher:
         return True
 
     def start(self) -> None:
-        """Runs batches on a thread of its own until `close`."""
-        self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-        self._thread.start()
+        """Runs batches on a thread of its own, one for each lane, until `close`."""
+        self._threads = [
+            threading.Thread(target=self._work, args=(lane,), name=self._name, daemon=True)
+            for lane in range(len(self._buffers))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Refuses new requests, finishes those that wait (without a thread of its own: here), and
@@ -400,22 +427,38 @@ class Batcher:
         """
         with self._lock:
             self._closed = True
-            self._wake.notify()
-        if self._thread is None:
+            self._wake.notify_all()
+        if not self._threads:
             while self.run_next():
                 pass
-        elif self._thread is not threading.current_thread():
-            self._thread.join()
+        elif threading.current_thread() not in self._threads:
+            for thread in self._threads:
+                thread.join()
 
-    def _work(self) -> None:
+    def _work(self, lane: int) -> None:
         while True:
             with self._lock:
-                while not self._rows and not self._closed:
-                    self._asleep = True
+                while not self._due and (self._rows or not self._closed):
+                    self._asleep += 1
                     self._wake.wait()
                 if not self._rows:
+                    self._wake.notify_all()
                     return
-            self.run_next()
+            self.run_next(lane)
+
+    @property
+    def _due(self) -> bool:
+        """Whether a lane that is free has something to run."""
+        busy = len(self._busy)
+        if not busy:
+            return self._rows > 0
+        return self._rows >= self._max and busy < len(self._buffers)
+
+    def _rouse(self) -> None:
+        """Wakes one of the lanes that sleep where it has something to run. The lock is held."""
+        if self._due:
+            self._asleep -= 1
+            self._wake.notify()
 
     # Estimates. The lock is held.
 
@@ -445,19 +488,20 @@ class Batcher:
 
     def _rest_s(self, now: float) -> float:
         """Until the device is free. What is overdue by a time is expected to take as long again."""
-        return abs(self._free_at - now) + self._size * self._gap_s if self._running else 0.0
+        return abs(self._free_at - now) + self._size * self._gap_s if self._busy else 0.0
 
     def _learn_gap(self, now: float) -> None:
         # Cut as the times in `BatchTimes` are.
         most = 2 * self._gap_s + self._batch_s(self._max) / self._max
-        gap_s = min((now - self._free_at) / max(self._size, self._asked), most)
+        idle_s = 0.0 if self._flights else now - self._free_at
+        gap_s = min(idle_s / max(self._size, self._asked), most)
         self._gap_s += (gap_s - self._gap_s) * _MEAN_GAIN
 
     def _trust(self, now: float) -> float:
         """What estimates are worth. Those that are too long would never be mended if they kept
         everything away: while the device idles, they count for less and less.
         """
-        if self._running or self._rows:
+        if self._busy or self._rows:
             return 1.0
         return _CERTAIN_S / (_CERTAIN_S + now - self._free_at)
 
@@ -540,16 +584,17 @@ class Batcher:
                 first = queue
         return first
 
-    def _take(self, now: float) -> tuple[list[_Slice], list[_Ending]]:
-        """The next batch, and those who can no longer be done in time."""
+    def _take(self, now: float) -> tuple[list[_Slice], _Flight, list[_Ending]]:
+        """The next batch, on its way, and those who can no longer be done in time."""
         batch: list[_Slice] = []
         late: list[_Ending] = []
+        begins = self._begins(now)
         size, room, full_s = 0, self._max, self._batch_s(self._max)
         while size < room and (queue := self._first()):
             ticket = queue.tickets[0]
             remaining = ticket.count - ticket.taken
             count = min(room - size, remaining)
-            left_s = ticket.deadline - now
+            left_s = ticket.deadline - begins
             if left_s <= full_s or count < remaining:
                 end_s = self._batch_s(size + count) + self._run_s(remaining - count)
                 # A larger batch takes longer: no more rows than this one can wait for.
@@ -570,8 +615,35 @@ class Batcher:
                 self._step_back(queue, now)
         if size:
             self._size = size
-        self._free_at = now + self._batch_s(size)
-        return batch, late
+        return batch, self._depart(size, begins), late
+
+    def _begins(self, now: float) -> float:
+        """When a batch begins that is given to the device now: when that is done with what it has."""
+        return now + abs(self._free_at - now) if self._flights else now
+
+    def _depart(self, size: int, begins: float) -> _Flight:
+        """A batch of `size` rows, perhaps none, is given to the device."""
+        flight = _Flight(None if self._flights else begins, self._batch_s(size))
+        self._free_at = begins + flight.expected_s
+        if size:
+            self._flights.append(flight)
+        return flight
+
+    def _land(self, flight: _Flight, now: float) -> float | None:
+        """The device is done with a batch: since when it had been at it, None where that can't be
+        told, as it overtook another.
+        """
+        flights, self._free_at = self._flights, now
+        if flight not in flights:  # after a bug
+            return None
+        first = flights[0] is flight
+        flights.remove(flight)
+        if flights:
+            if first:
+                flights[0].began = now
+            assert flights[0].began is not None
+            self._free_at = flights[0].began + sum(each.expected_s for each in flights)
+        return flight.began
 
     def _step_back(self, queue: _Queue, now: float) -> None:
         """The first had a whole batch and wants more: those who wait already go first. But not large
@@ -603,7 +675,7 @@ class Batcher:
         """What still waits of it will not run."""
         ticket.ended = True
         self._add(ticket.queue, -min(ticket.count - ticket.taken, self._max))
-        ticket.rows = self._buffers[0][:0]
+        ticket.rows = self._buffers[0][0][:0]
 
     def _end_late(self, ticket: Ticket) -> _Ending:
         self._end(ticket)
@@ -619,27 +691,30 @@ class Batcher:
 
     # On the device. The lock is not held.
 
-    def _run_batch(self, batch: list[_Slice], taken_at: float, *, apart: bool = False) -> int:
+    def _run_batch(
+        self, batch: list[_Slice], flight: _Flight, lane: int, *, apart: bool = False
+    ) -> int:
         """Runs what is still wanted of `batch`, tells those whose last rows these were, and gives
         the number of rows that failed. `apart`: it is one row of a batch that failed.
         """
-        rows, size, batch, began = self._last_look(batch)
+        rows, size, batch, looked = self._last_look(batch, lane)
         if not batch:
+            with self._lock:
+                self._land(flight, looked)
             return 0
         outputs, bad = self._outputs(rows, size, quiet=apart)
         ended = self._clock()
-        run_s = ended - began
-        if outputs is not None:
-            self._times.record(self._padded(size), ended - taken_at)
         retry = outputs is None and size > 1
         endings: list[_Ending] = []
         late_rows = offset = 0
         with self._lock:
-            self._free_at = ended
+            began = self._land(flight, ended)
+            # While the device had another before it, it waited.
+            run_s = ended - (looked if began is None or began < looked else began)
             for ticket, start, stop in batch:
                 part = slice(offset, offset + stop - start)
                 offset = part.stop
-                if ticket.deadline <= began:
+                if ticket.deadline <= looked:
                     late_rows += stop - start
                 ticket.run_s += run_s
                 ticket.batch_size = max(ticket.batch_size, size)
@@ -652,6 +727,8 @@ class Batcher:
                 )
                 if ending is not None:
                     endings.append((ticket, ending))
+        if outputs is not None and began is not None:
+            self._times.record(self._padded(size), ended - began)
         failed = 0 if bad is None or retry else int(np.count_nonzero(bad))
         # What is answered has been counted already.
         try:
@@ -659,20 +736,22 @@ class Batcher:
         finally:
             _tell(endings)
         if retry:
-            failed = sum(
-                self._run_batch([(ticket, row, row + 1)], self._clock(), apart=True)
-                for ticket, start, stop in batch
-                for row in range(start, stop)
-            )
+            failed = 0
+            for ticket, start, stop in batch:
+                for row in range(start, stop):
+                    with self._lock:
+                        again = self._depart(1, self._begins(self._clock()))
+                    piece = [(ticket, row, row + 1)]
+                    failed += self._run_batch(piece, again, lane, apart=True)
             log.error("run apart, %d of these %d rows failed", failed, size)
         return failed
 
-    def _last_look(self, batch: list[_Slice]) -> tuple[Rows, int, list[_Slice], float]:
+    def _last_look(self, batch: list[_Slice], lane: int) -> tuple[Rows, int, list[_Slice], float]:
         """The rows to run and how many they are, the slices of those who still want them, and the
         time at which that was so: just before the run.
         """
         while True:
-            rows, size = self._gather(batch)
+            rows, size = self._gather(batch, lane)
             wanted: list[_Slice] = []
             late: list[_Ending] = []
             with self._lock:
@@ -691,9 +770,11 @@ class Batcher:
                 return rows, size, batch, now
             batch = wanted
 
-    def _gather(self, batch: list[_Slice]) -> tuple[Rows, int]:
-        """The rows of a batch, and how many: a view where one request has them all, else a copy."""
-        if len(batch) == 1:
+    def _gather(self, batch: list[_Slice], lane: int) -> tuple[Rows, int]:
+        """The rows of a batch, and how many: a view where one request has them all and the device
+        has no memory of its own for them, else a copy.
+        """
+        if len(batch) == 1 and not self._bound:
             ticket, start, stop = batch[0]
             rows = ticket.rows[start:stop]
             if rows.flags.c_contiguous and len(rows) == self._padded(len(rows)):
@@ -702,7 +783,7 @@ class Batcher:
         parts = [ticket.rows[start:stop] for ticket, start, stop in batch]
         size = sum(map(len, parts))
         padded = self._padded(size)
-        buffer = self._buffers[bisect_left(self._sizes, padded)]
+        buffer = self._buffers[lane][bisect_left(self._sizes, padded)]
         if len(buffer) != padded:
             buffer = buffer[:padded]
         end = 0
@@ -744,7 +825,10 @@ class Batcher:
     def _abandon(self, batch: list[_Slice]) -> None:
         """After a bug: fails those in `batch` and all that wait."""
         with self._lock:
-            self._closed, self._running = True, False
+            self._closed = True
+            self._busy.clear()
+            self._flights.clear()
+            self._wake.notify_all()
             tickets = {ticket for ticket, _, _ in batch}
             tickets.update(ticket for queue in self._queues for ticket in queue.tickets)
             stranded = [ticket for ticket in tickets if not ticket.ended]

@@ -284,7 +284,7 @@ def runs_here(
             times=times,
             max_wait_s=settings.max_wait_s,
             sizes=model.sizes,
-            buffer=model.buffer,
+            buffer=lambda size, lane: model.buffer(size),
             on_batch=record,
             on_bug=on_bug,
             name=f"batcher {name}/{bundle.version}",

@@ -1,8 +1,11 @@
 """Who waits, who goes together, and that every caller gets its own rows whatever happens around."""
 
+import heapq
+import itertools
 import logging
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -1057,7 +1060,7 @@ def test_an_image_gets_the_same_answer_in_every_place_and_company(deterministic:
 def test_batches_are_padded_to_the_sizes_that_are_run() -> None:
     given: dict[int, Rows] = {}
 
-    def buffer(size: int) -> Rows:
+    def buffer(size: int, lane: int) -> Rows:
         return given.setdefault(size, np.full((size, 4), 255, np.uint8))
 
     bench = Bench(max_batch_size=8, sizes=(1, 2, 4, 8), buffer=buffer)
@@ -1215,10 +1218,10 @@ def test_close_may_be_called_where_an_answer_arrives(threaded: bool) -> None:
 # All of it at once.
 
 
-@pytest.mark.parametrize("threaded", [True, False])
+@pytest.mark.parametrize(("threaded", "lanes"), [(True, 1), (False, 1), (True, 2)])
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_happens_every_request_ends_once_and_every_row_is_its_own(
-    seed: int, threaded: bool, caplog: pytest.LogCaptureFixture
+    seed: int, threaded: bool, lanes: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     most, threads, requests = 8, 6, 400
@@ -1229,9 +1232,32 @@ def test_whatever_happens_every_request_ends_once_and_every_row_is_its_own(
     poisoned = {n for n in range(threads * requests * 3 * most) if n % 97 == 0}
     odd = {n for n in range(threads * requests * 3 * most) if n % 89 == 0}
 
+    counting, beside = threading.Lock(), Counter[int]()
+
     def run(given: Rows) -> Outputs:
         assert 1 <= len(given) <= most
-        ran.update(numbers(given))
+        before = numbers(given)
+        with counting:
+            ran.update(n for n in before if n or lanes == 1)  # zeros are padding
+            running.append(given)
+            beside[len(running)] += 1
+        try:
+            return answer(given)
+        finally:
+            with counting:
+                running.pop(next(n for n, each in enumerate(running) if each is given))
+            assert numbers(given) == before, "another batch was put where this one is"
+
+    running: list[Rows] = []
+    memory = {
+        (size, lane): np.zeros((size, 4), np.uint8)
+        for size in range(1, most + 1)
+        for lane in (0, 1)
+    }
+
+    def answer(given: Rows) -> Outputs:
+        if lanes > 1:
+            time.sleep(0)  # so that the other lane has its turn
         if not poisoned.isdisjoint(numbers(given)):
             raise RuntimeError("poison")
         if len(given) > 1:  # alone they are well
@@ -1250,6 +1276,9 @@ def test_whatever_happens_every_request_ends_once_and_every_row_is_its_own(
         most,
         times=BatchTimes(most),
         max_wait_s=FOREVER_S,
+        sizes=tuple(range(1, most + 1)) if lanes > 1 else (),
+        buffer=lambda size, lane: memory[size, lane] if lanes > 1 else None,
+        lanes=lanes,
         on_batch=told.append,
         on_bug=bugs.append,
     )
@@ -1330,6 +1359,7 @@ def test_whatever_happens_every_request_ends_once_and_every_row_is_its_own(
     assert kinds[Answer] > requests
     assert max(ran.values()) <= 2, "a row is run once, and once more apart"
     assert all(batch.late_rows == 0 for batch in told)
+    assert (beside[2] > 0, beside[3]) == (lanes == 2, 0)
     assert run_s <= sum(batch.run_s * batch.requests for batch in told) * (1 + 1e-9)
 
 
@@ -1366,3 +1396,181 @@ def test_requests_of_several_batches_keep_their_goodput_under_overload(
         if not batcher.run_next():
             now[0] = arrives
     assert sum(in_time) >= 0.95 * capacity * seconds
+
+
+# Two lanes: a device that copies while it computes.
+
+
+class Pipeline:
+    """A device that copies one batch after the other, and computes one after the other; lanes that run
+    batches on it; and a clock that goes from event to event. Of its threads one runs at a time, and
+    which one is no matter of chance.
+    """
+
+    def __init__(
+        self,
+        copy_s: Callable[[int], float],
+        compute_s: Callable[[int], float],
+        *,
+        most: int = 8,
+        lanes: int = 2,
+    ) -> None:
+        self.now, self.ran = 0.0, list[list[int]]()
+        self._copied = self._computed = 0.0
+        self._copy_s, self._compute_s = copy_s, compute_s
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        memory = {
+            (size, lane): np.zeros((size, 4), np.uint8)
+            for size in range(1, most + 1)
+            for lane in range(lanes)
+        }
+        self._lane_of = {id(rows): lane for (_, lane), rows in memory.items()}
+        self._on_device: set[int] = set()
+        self._turns = [threading.Semaphore(0) for _ in range(lanes)]
+        self._back = threading.Semaphore(0)
+        self._over = False
+        self.batcher = Batcher(
+            self._device,
+            (4,),
+            most,
+            # As warm-up measures: each batch alone.
+            times=batch_times(lambda size: copy_s(size) + compute_s(size), most),
+            max_wait_s=FOREVER_S,
+            sizes=tuple(range(1, most + 1)),
+            buffer=lambda size, lane: memory[size, lane],
+            lanes=lanes,
+            clock=lambda: self.now,
+        )
+        self._threads = [threading.Thread(target=self._lane, args=(n,)) for n in range(lanes)]
+        for thread in self._threads:
+            thread.start()
+
+    def at(self, when: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._order), event))
+
+    def run(self) -> None:
+        """Until nothing is to happen any more."""
+        while self._events:
+            self.now, _, event = heapq.heappop(self._events)
+            event()
+            before = -1
+            while before != len(self.ran):
+                before = len(self.ran)
+                for lane in range(len(self._turns)):
+                    if lane not in self._on_device:
+                        self._let(lane)
+
+    def close(self) -> None:
+        self._over = True
+        for turn, thread in zip(self._turns, self._threads, strict=True):
+            turn.release()
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive()
+
+    def _let(self, lane: int) -> None:
+        """The lane goes on until the device has its batch, or there is none for it."""
+        self._on_device.discard(lane)
+        self._turns[lane].release()
+        assert self._back.acquire(timeout=TIMEOUT_S)
+
+    def _lane(self, lane: int) -> None:
+        while self._turns[lane].acquire(timeout=TIMEOUT_S) and not self._over:
+            self.batcher.run_next(lane)
+            self._back.release()
+
+    def _device(self, given: Rows) -> Outputs:
+        lane, size = self._lane_of[id(given)], len(given)
+        self.ran.append(numbers(given))
+        self._copied = max(self.now, self._copied) + self._copy_s(size)
+        self._computed = max(self._copied, self._computed) + self._compute_s(size)
+        self.at(self._computed, lambda: self._let(lane))
+        self._on_device.add(lane)
+        self._back.release()
+        assert self._turns[lane].acquire(timeout=TIMEOUT_S)
+        return outputs(*numbers(given))
+
+
+@pytest.mark.parametrize(
+    ("copy_s", "compute_s", "lanes", "seconds"),
+    [(4, 6, 1, 100 * 10), (4, 6, 2, 4 + 100 * 6), (6, 4, 2, 100 * 6 + 4), (0, 6, 2, 100 * 6)],
+)
+def test_with_two_lanes_the_slower_of_copying_and_computing_is_the_clock(
+    copy_s: float, compute_s: float, lanes: int, seconds: float
+) -> None:
+    heard = Heard()
+    with closing(Pipeline(lambda size: copy_s, lambda size: compute_s, lanes=lanes)) as device:
+        for n in range(100):
+            device.batcher.submit(rows(*range(8 * n, 8 * n + 8)), heard.by(n))
+        device.at(0, lambda: None)
+        device.run()
+        assert device.now == seconds
+    for n in range(100):
+        assert heard.given(n) == outputs(*range(8 * n, 8 * n + 8)).tolist()
+    # Neither is one who waits charged with the batch before his own, nor is that lost.
+    told = [heard.answer(n) for n in range(100)]
+    assert all(answer.run_s <= copy_s + compute_s for answer in told)
+    assert told[-1].queue_s + told[-1].run_s == seconds
+
+
+def test_what_is_not_full_waits_for_the_device_and_gathers() -> None:
+    heard = Heard()
+    with closing(Pipeline(lambda size: 1, lambda size: 10)) as device:
+        for n in range(8):
+            when = float(n)
+            device.at(when, lambda n=n: device.batcher.submit(rows(n), heard.by(n)))
+        # Now there is a full batch, which goes while the device has another.
+        device.at(12.5, lambda: device.batcher.submit(rows(*range(10, 20)), heard.by(10)))
+        device.run()
+    assert device.ran == [[0], list(range(1, 8)), list(range(10, 18)), [18, 19]]
+    assert device.now == (1 + 10) + (1 + 10) + 10 + (1 + 10)
+
+
+def test_what_is_promised_holds_while_two_are_under_way() -> None:
+    """The estimates learn that batches follow each other faster than each is done."""
+    heard = Heard()
+    with closing(Pipeline(lambda size: 4, lambda size: 6)) as device:
+        for n in range(60):
+            device.batcher.submit(rows(*range(8 * n, 8 * n + 8)), heard.by(n))
+        promised: list[float] = []
+        device.at(0, lambda: promised.append(device.batcher.wait_s(8)))
+        device.at(300, lambda: promised.append(device.now + device.batcher.wait_s(8)))
+        device.at(300, lambda: device.batcher.submit(rows(*range(1000, 1008)), heard.by("last")))
+        device.run()
+    assert promised[0] == pytest.approx(61 * 10)
+    assert promised[1] == pytest.approx(4 + 61 * 6, rel=0.1)
+    assert promised[1] >= device.now
+
+
+@pytest.mark.parametrize(("count", "bound_s"), [(1, 60.0), (8, 80.0), (32, 150.0)])
+@pytest.mark.parametrize("load", [2.0, 3.0])
+def test_goodput_is_kept_under_overload_with_two_lanes(
+    count: int, bound_s: float, load: float
+) -> None:
+    def copy_s(size: int) -> float:
+        return 1 + size / 8
+
+    def compute_s(size: int) -> float:
+        return 4 + size / 2
+
+    capacity = 8 / max(copy_s(8), compute_s(8)) / count
+    chance, seconds, good, late = random.Random(1), 100 * bound_s, [0], [0]
+    with closing(Pipeline(copy_s, compute_s)) as device:
+
+        def arrive() -> None:
+            due = device.now + bound_s
+            if (next_at := device.now + chance.expovariate(capacity * load)) < seconds:
+                device.at(next_at, arrive)
+
+            def done(ending: Answer | Exception) -> None:
+                in_time = isinstance(ending, Answer) and device.now <= due
+                good[0] += in_time
+                late[0] += not in_time and isinstance(ending, Answer)
+
+            with suppress(Overloaded, DeadlineExceeded):
+                device.batcher.submit(np.zeros((count, 4), np.uint8), done, deadline=due)
+
+        device.at(0, arrive)
+        device.run()
+    assert good[0] >= 0.95 * capacity * seconds
+    assert late[0] <= 0.01 * good[0]
