@@ -210,7 +210,7 @@ class _Run:
         elsewhere = {
             "models", "checkpoints", "resume", "tensorboard", "mlflow_uri", "summary", "textfile",
             "retrain", "base", "compare", "variants", "cache", "skip_unreadable", "recipe", "mirror",
-            "storage", "significance",
+            "storage", "significance", "keep_weights",
         }  # fmt: skip
         kept = {
             name: value
@@ -236,7 +236,7 @@ class _Run:
         average = self._average if settings.average else lambda: None
 
         def one(pixels: tf.Tensor, truth: tf.Tensor, drawn: dict[str, tf.Tensor]) -> None:
-            pixels = augment(pixels, drawn, grey, whole=_whole(settings))
+            pixels = augment(pixels, drawn, grey, whole=only_whole(settings))
             targets = tf.one_hot(truth, classes)
             targets += settings.label_smoothing * (1 / classes - targets)
             with tf.GradientTape() as tape:
@@ -456,7 +456,7 @@ def draw(settings: TrainingSettings, side: tuple[int, int], count: int, epoch: i
     if moved:
         # From a place in the result to the place in the image that is shown there.
         shift = random.uniform(-settings.shift, settings.shift, (count, 2))
-        if _whole(settings):
+        if only_whole(settings):
             most = int(settings.shift)
             shift = random.integers(-most, most, (count, 2), endpoint=True).astype(float)
         angle = np.radians(random.uniform(-settings.rotate, settings.rotate, count))
@@ -493,7 +493,7 @@ class Drawn(NamedTuple):
     how: dict[str, npt.NDArray[np.float32]]
 
 
-def _whole(settings: TrainingSettings) -> bool:
+def only_whole(settings: TrainingSettings) -> bool:
     """Whether images are only moved by whole pixels, so that none is blurred."""
     return settings.shift == int(settings.shift) and not settings.rotate and not settings.zoom
 

@@ -1,79 +1,284 @@
 """What TensorFlow makes of a network: its parts, without a whole training run."""
 
 import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
+import tensorflow as tf
 
+from service.errors import ConvoyError
 from service.images import Target
-from training import export, fit, network
+from service.model import Model
+from training import export, fit, network, variants
 from training.data import Dataset, Split
+from training.evaluate import compare
 from training.settings import TrainingSettings
 
-SHAPE = (8, 8, 3)
+BASIC = TrainingSettings(filters=(4, 8), dense=8, precision="float32")
+STRONG = TrainingSettings(network="strong", filters=(8, 8), dropout=0.0, precision="float32")
 
 
-def dataset(count: int = 6) -> Dataset:
+def dataset(count: int = 40, shape: tuple[int, int, int] = (8, 8, 3)) -> Dataset:
     random = np.random.default_rng(0)
-    inputs = random.integers(0, 256, (count, *SHAPE), np.uint8)
-    inputs[..., 1] //= 3
-    split = Split(inputs, np.arange(count) % 2)
-    return Dataset("test", ("a", "b"), Target(*SHAPE), split, split, split)
+    inputs = random.integers(0, 256, (count, *shape), np.uint8)
+    inputs[..., 1:] //= 3
+    labels = np.arange(count) % 2
+    inputs[labels == 1] //= 2
+    split = Split(inputs, labels)
+    return Dataset("test", ("a", "b"), Target(*shape), split, split, split)
 
 
-@pytest.fixture
-def built() -> keras.Model:
-    fit.prepare(0)
-    return network.basic(dataset(), TrainingSettings(filters=(4, 8), dense=8, flip=True, shift=2))
+# Networks.
 
 
-def test_pixels_are_normalised_by_the_moments_of_the_training_images(built: keras.Model) -> None:
+def test_pixels_are_brought_to_a_mean_of_0_and_a_deviation_of_1() -> None:
+    data = dataset()
+    built = network.build(data, BASIC)
     scaling = next(layer for layer in built.layers if isinstance(layer, keras.layers.Rescaling))
-    pixels = dataset().train.inputs.astype(np.float64)
-    normalised = pixels * scaling.scale + scaling.offset
-    assert np.allclose(normalised.mean(axis=(0, 1, 2)), 0, atol=1e-3)
-    assert np.allclose(normalised.std(axis=(0, 1, 2)), 1, atol=1e-3)
+    normalised = data.train.inputs.astype(np.float64) * scaling.scale + scaling.offset
+    assert abs(normalised.mean()) < 0.02
+    assert 0.8 < normalised.std() < 1.4
 
 
-def test_images_are_changed_in_training_only(built: keras.Model) -> None:
-    pixels = dataset().train.inputs.astype(np.float32)
-    assert np.array_equal(built(pixels, training=False), built(pixels, training=False))
-    assert not np.array_equal(built(pixels, training=True), built(pixels, training=True))
-
-
-def test_what_is_done_to_an_image_is_drawn_apart() -> None:
-    """One bright pixel off the middle tells how its image was flipped and moved."""
-    flip, shift = network.augmentation(TrainingSettings(flip=True, shift=6, seed=3), 32, 32)
-    image = np.zeros((400, 32, 32, 1), np.float32)
-    image[:, 16, 8] = 1
-    flipped = flip(image, training=True)
-    is_flipped = np.asarray(flipped)[:, 16, 23, 0] == 1
-    assert 0.4 < is_flipped.mean() < 0.6
-    moved = np.asarray(shift(flipped, training=True))[..., 0]
-    centre = (moved.sum(axis=2) * np.arange(32)).sum(axis=1) / moved.sum(axis=(1, 2))
-    correlation = np.corrcoef(is_flipped, centre)[0, 1]
-    assert abs(correlation) < 0.2
-
-
-def test_the_largest_batch_is_tried_with_few_images_too(built: keras.Model) -> None:
-    serve = export.serving_function(built)
-    parity = export.verify(serve, export.to_onnx(serve), dataset().test.inputs, 64)
-    assert parity.images == 64
+@pytest.mark.parametrize("settings", [BASIC, STRONG], ids=["basic", "strong"])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_what_is_exported_answers_as_the_network_does(
+    settings: TrainingSettings, mirror: bool
+) -> None:
+    data = dataset()
+    fit.prepare(0)
+    built = network.build(data, settings)
+    for layer in built.layers:
+        # As after training: no normalisation does nothing.
+        if isinstance(layer, keras.layers.BatchNormalization):
+            random = np.random.default_rng(1)
+            layer.set_weights([random.uniform(0.5, 2, w.shape) for w in layer.get_weights()])
+    serve = export.serving_function(built, 1.7, mirror=mirror)
+    onnx = variants.clean(export.to_onnx(serve))
+    model = Model(onnx, "cpu")
+    parity = compare(export.predict(serve), model.run, data.test.inputs, 64)
     assert parity.max_abs_difference < 1e-5
-    assert parity.label_agreement == 1
+    logits = export.logits_function(built, mirror=mirror)(data.test.inputs)
+    expected = tf.nn.softmax(logits / 1.7).numpy()
+    np.testing.assert_allclose(model.run(data.test.inputs), expected, atol=1e-5)
+    if mirror:
+        flipped = model.run(data.test.inputs[:, :, ::-1])
+        np.testing.assert_allclose(model.run(data.test.inputs), flipped, atol=1e-5)
 
 
-def test_an_export_with_other_weights_does_not_pass_for_the_network(built: keras.Model) -> None:
-    serve = export.serving_function(built)
-    model = onnx.load_model_from_string(export.to_onnx(serve))
-    (kernel,) = [w for w in model.graph.initializer if list(w.dims) == [8, 2]]
-    weights = numpy_helper.to_array(kernel)
-    kernel.CopyFrom(numpy_helper.from_array(weights[:, ::-1].copy(), kernel.name))
-    parity = export.verify(serve, model.SerializeToString(), dataset().test.inputs, 8)
-    assert parity.max_abs_difference > 1e-2
-    assert parity.label_agreement < 1
+def test_weights_fit_whatever_is_computed_in() -> None:
+    data = dataset()
+    for settings in (BASIC, STRONG):
+        half = network.build(data, settings, precision="bfloat16")
+        full = network.build(data, settings)
+        full.set_weights(half.get_weights())
+        assert {weight.dtype for weight in half.weights} == {"float32"}
+        pixels = data.test.inputs.astype(np.float32)
+        np.testing.assert_allclose(
+            half(pixels, training=False), full(pixels, training=False), atol=0.2
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (replace(BASIC, filters=(4,)), "give --filters 2 numbers"),
+        (replace(STRONG, filters=(4, 4, 4, 4)), "too small for 4 stages"),
+        (replace(BASIC, network="resnet"), "there is basic, strong, "),
+        (replace(BASIC, network="MobileNetV2"), "MobileNetV2 with images of 8x8"),
+    ],
+)
+def test_what_can_not_be_built_is_said(settings: TrainingSettings, said: str) -> None:
+    with pytest.raises(ConvoyError, match=said):
+        network.build(dataset(), settings)
+
+
+def test_a_backbone_takes_weights_from_a_file_with_or_without_its_head(tmp_path: Path) -> None:
+    data = dataset(4, (32, 32, 3))
+    settings = TrainingSettings(network="MobileNetV2", frozen=True)
+    make = keras.applications.MobileNetV2
+    bare = make(include_top=False, weights=None, input_shape=(32, 32, 3), pooling="avg")
+    whole = make(weights=None, classes=7)
+    bare.save_weights(tmp_path / "bare.weights.h5")
+    whole.save_weights(tmp_path / "whole.weights.h5")
+    for name, source in (("bare", bare), ("whole", whole)):
+        built = network.build(data, replace(settings, weights=tmp_path / f"{name}.weights.h5"))
+        (body,) = (layer for layer in built.layers if isinstance(layer, keras.Model))
+        kernel = body.get_layer("block_5_expand").get_weights()[0]
+        assert np.array_equal(kernel, source.get_layer("block_5_expand").get_weights()[0])
+        assert len(built.trainable_variables) == 2
+    other = keras.applications.MobileNet(include_top=False, weights=None, input_shape=(32, 32, 3))
+    other.save_weights(tmp_path / "other.weights.h5")
+    (tmp_path / "broken.weights.h5").write_bytes(b"\x89HDF")
+    for name in ("other", "broken", "missing"):
+        with pytest.raises(ConvoyError, match=f"--weights .*{name}"):
+            network.build(data, replace(settings, weights=tmp_path / f"{name}.weights.h5"))
+
+
+# What is done to training images.
+
+
+def drawn(settings: TrainingSettings, pixels: np.ndarray, epoch: int = 0) -> np.ndarray:
+    """The images after augmentation."""
+    how = fit.draw(settings, pixels.shape[1:3], len(pixels), epoch).how
+    whole = fit.only_whole(settings)
+    grey = tf.zeros(pixels.shape[-1])
+    return fit.augment(tf.constant(pixels), how, grey, whole=whole).numpy()
+
+
+def dot(count: int = 400) -> np.ndarray:
+    """One bright pixel off the middle tells how its image was flipped and moved."""
+    image = np.zeros((count, 32, 32, 1), np.uint8)
+    image[:, 16, 8] = 200
+    return image
+
+
+def test_flips_and_shifts_are_exact_and_drawn_apart() -> None:
+    images = drawn(TrainingSettings(flip=True, shift=6), dot())[..., 0]
+    rows, columns = images.max(axis=2).argmax(axis=1), images.max(axis=1).argmax(axis=1)
+    assert ((images == 0) | (images == 200)).all()
+    flipped = columns > 15
+    across = np.where(flipped, columns - 23, columns - 8)
+    down = rows - 16
+    assert 0.4 < flipped.mean() < 0.6
+    for moved in (across, down):
+        assert set(moved.tolist()) == set(range(-6, 7))
+        assert abs(np.corrcoef(flipped, moved)[0, 1]) < 0.2
+    assert abs(np.corrcoef(across, down)[0, 1]) < 0.2
+
+
+def test_flips_alternate_from_epoch_to_epoch() -> None:
+    settings = TrainingSettings(flip=True)
+    first, second, third = (drawn(settings, dot(50), epoch) for epoch in range(3))
+    assert np.array_equal(first[:, :, ::-1], second)
+    assert np.array_equal(first, third)
+
+
+def test_a_turn_by_a_right_angle_turns_about_the_centre() -> None:
+    how = fit.draw(TrainingSettings(rotate=90), (5, 5), 1, 0).how
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 5, 5, 3), np.uint8)
+    matrix = np.array([[0, -1, 4, 1, 0, 0, 0, 0]], np.float32)
+    assert how["matrix"].shape == matrix.shape
+    turned = fit.augment(tf.constant(pixels), {"matrix": matrix}, tf.zeros(3), whole=False)
+    assert np.array_equal(turned.numpy()[0].round(), np.rot90(pixels[0], -1))
+
+
+def test_what_is_cut_out_is_a_square_of_the_mean() -> None:
+    pixels = np.full((200, 16, 16, 3), 90, np.uint8)
+    images = drawn(TrainingSettings(cutout=6), pixels)
+    holes = (images == 0).all(axis=3).sum(axis=(1, 2))
+    assert holes.max() == 36
+    assert (holes > 8).all()
+    assert ((images == 0) | (images == 90)).all()
+
+
+def test_colours_vary_about_what_they_are() -> None:
+    pixels = np.random.default_rng(0).integers(60, 190, (300, 8, 8, 3), np.uint8)
+    images = drawn(TrainingSettings(colour=0.2), pixels)
+    means = images.mean(axis=(1, 2, 3)) / pixels.mean(axis=(1, 2, 3))
+    assert 0.97 < means.mean() < 1.03
+    assert means.min() < 0.85
+    assert means.max() > 1.15
+    assert images.min() >= 0
+    assert images.max() <= 255
+
+
+# The loop.
+
+
+def trained(settings: TrainingSettings, folder: Path, data: Dataset, **more: Any) -> fit.Fitted:
+    settings = replace(settings, checkpoints=folder)
+    return fit.fit(data, settings, fit.prepare(settings.seed), **more)
+
+
+LOOP = replace(
+    BASIC, epochs=4, batch_size=8, flip=True, shift=1, average=0.9, patience=3, class_weights=True
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LOOP, replace(LOOP, network="strong", optimizer="sgd", precision="bfloat16", patience=0)],
+    ids=["basic", "strong"],
+)
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(
+    settings: TrainingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an epoch's middle too, where it is put down there."""
+    monkeypatch.setattr(fit, "_CHECKPOINT_S", 0.0)
+    data = dataset()
+    whole = trained(settings, tmp_path / "whole", data)
+    assert not list((tmp_path / "whole").iterdir())
+
+    class Killed(BaseException):
+        pass
+
+    def die(step: int, steps: int, loss: float, accuracy: float) -> None:
+        if step > 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(settings, tmp_path / "killed", data, on_step=die)
+    resumed = []
+    again = trained(
+        settings, tmp_path / "killed", data, on_resume=lambda *where: resumed.append(where)
+    )
+    (step, steps) = resumed[0]
+    assert 0 < step <= 8 < steps == 20
+    for mine, theirs in zip(again.network.get_weights(), whole.network.get_weights(), strict=True):
+        assert np.array_equal(mine, theirs)
+    figures = [(e.loss, e.accuracy, e.validation_loss) for e in whole.epochs]
+    assert [(e.loss, e.accuracy, e.validation_loss) for e in again.epochs] == figures
+
+
+def test_a_run_with_other_settings_or_images_begins_anew(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(epoch: fit.Epoch) -> None:
+        if epoch.epoch == 2:
+            raise Killed
+
+    resumed: list[Any] = []
+    data = dataset()
+    for settings, images in (
+        (LOOP, data), (replace(LOOP, learning_rate=0.01), data), (LOOP, dataset(48)),
+    ):  # fmt: skip
+        with pytest.raises(Killed):
+            trained(settings, tmp_path, images, on_epoch=die, on_resume=resumed.append)
+    (newest,) = tmp_path.glob("*/checkpoint.npz") and list(tmp_path.glob("*/checkpoint.npz"))[:1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert not resumed
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_best_epoch_is_taken_where_no_later_one_is_better(tmp_path: Path) -> None:
+    """Labels that mean nothing: validation gets worse while training gets better."""
+    random = np.random.default_rng(3)
+    data = dataset(60)
+    noise = Split(random.integers(0, 256, (60, 8, 8, 3), np.uint8), random.integers(0, 2, 60))
+    data = replace(data, train=noise)
+    settings = replace(LOOP, epochs=30, patience=2, dropout=0.0, learning_rate=0.02, average=0.0)
+    fitted = trained(settings, tmp_path, data)
+    losses = [epoch.validation_loss for epoch in fitted.epochs]
+    assert len(losses) == fitted.best_epoch + 2 < 30
+    assert min(losses) == losses[fitted.best_epoch - 1]
+    logits = export.logits_function(fitted.network)(data.validation.inputs)
+    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(data.validation.labels, logits)
+    assert float(tf.reduce_mean(loss)) == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_it_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(fit.TrainingFailed, match="try a lower --learning-rate than 1e"):
+        trained(replace(LOOP, learning_rate=1e30, optimizer="sgd"), tmp_path, dataset())
+
+
+def test_weights_to_start_from_have_to_fit(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match="of another network"):
+        trained(LOOP, tmp_path, dataset(), start=[np.zeros(3)])
