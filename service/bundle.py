@@ -234,6 +234,11 @@ def read(folder: Path) -> Bundle:
     return Bundle(folder, folder.parent.name, version, manifest, data[MODEL], golden, variants)
 
 
+def describe(data: bytes) -> File:
+    """What a manifest says of a file."""
+    return File(hashlib.sha256(data).hexdigest(), len(data))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """What `manifest.json` in `folder` says. Raises BrokenVersion; checks no other file."""
     path = folder / MANIFEST
@@ -307,9 +312,7 @@ def write(
         named = {str(number): array for number, array in enumerate(weights)}
         np.savez_compressed(archive, allow_pickle=False, **named)
         files[WEIGHTS] = archive.getvalue()
-    listed = {
-        name: File(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()
-    }
+    listed = {name: describe(data) for name, data in files.items()}
     manifest = dataclasses.replace(manifest, files=listed)
     files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     beside = {

@@ -254,7 +254,7 @@ def seen(network: keras.Model, pixels: Pixels) -> list[tuple[str, str, np.ndarra
     chosen = [layer for layer in network.layers[:-1] if isinstance(layer, drawn)]
     if not chosen:
         return []
-    inner = keras.Model(network.inputs, [layer.output for layer in chosen])
+    inner = keras.Model(network.inputs[0], [layer.output for layer in chosen])
     given = inner(pixels[np.newaxis].astype(np.float32), training=False)
     return [
         (layer.name, type(layer).__name__, np.asarray(each)[0])

@@ -108,7 +108,15 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
             training=_story(data, settings, fitted, network.flops(fitted.network)),
         )
         page = _page(
-            described, findings, verdict, data, fitted, noted, folder, time.monotonic() - started
+            candidate,
+            described,
+            findings,
+            verdict,
+            data,
+            fitted,
+            noted,
+            folder,
+            time.monotonic() - started,
         )
         weights = fitted.network.get_weights() if settings.keep_weights else []
         bundle = publish.publish(
@@ -207,10 +215,17 @@ def _story(
     data: Dataset, settings: TrainingSettings, fitted: "Fitted", flops: int
 ) -> dict[str, Any]:
     """How it was trained: what the manifest keeps of it."""
-    # All but where it was published, which is no part of how it was trained.
-    elsewhere = {"models", "checkpoints", "summary", "textfile", "base", "retrain", "cache"}
+    # All but where things lie and who hears of it, which is no part of how it was trained.
+    elsewhere = {
+        "models", "checkpoints", "summary", "textfile", "base", "retrain", "cache", "resume",
+        "tensorboard", "mlflow_uri",
+    }  # fmt: skip
     return {
-        "settings": {k: v for k, v in asdict(settings).items() if k not in elsewhere},
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(settings).items()
+            if name not in elsewhere
+        },
         "images": {
             name: {
                 "count": len(split),
@@ -264,6 +279,7 @@ def machine() -> str:
 
 
 def _page(
+    candidate: Candidate,
     described: Manifest,
     findings: Findings,
     verdict: Verdict,
@@ -280,14 +296,18 @@ def _page(
     shown = int(np.argmax(np.where(given.argmax(1) == data.test.labels, given.max(1), 0)))
     one = [(model.run, data.test.inputs[:1]) for model in findings.models.values()]
     alone = publish.time_side_by_side(one)
+    files = {
+        bundles.VARIANTS[name]: bundles.describe(candidate.graphs[name])
+        for name in verdict.variants
+    }
     return report.render(
         report.Record(
             name=data.name,
             version=max(bundles.versions(folder), default=0) + 1,
-            manifest=described,
+            manifest=replace(described, files=files),
             evaluation=findings.evaluation,
-            checks=[asdict(each) for each in verdict.checks],
-            findings=[asdict(each) for each in noted],
+            checks=verdict.checks,
+            findings=noted,
             pixels=data.test.inputs,
             probabilities=given,
             truth=data.test.labels,
