@@ -27,9 +27,9 @@ _SHORT_S = 0.05
 
 
 def is_short(served: Served) -> bool:
-    """Whether its batches may run on a thread that others wait for."""
+    """Whether its batches may run on a thread that others wait for: a second lane needs its own."""
     batcher = served.batcher
-    return isinstance(batcher, Batcher) and batcher.full_batch_s < _SHORT_S
+    return isinstance(batcher, Batcher) and batcher.lanes == 1 and batcher.full_batch_s < _SHORT_S
 
 
 class Acceptor:

@@ -322,6 +322,11 @@ class Batcher:
         return not self._closed
 
     @property
+    def lanes(self) -> int:
+        """How many batches may be under way at once."""
+        return len(self._buffers)
+
+    @property
     def full_batch_s(self) -> float:
         """Seconds in which a full batch is done, by what was measured."""
         return self._times.estimate(self._max)
@@ -416,7 +421,7 @@ class Batcher:
         """Runs batches on a thread of its own, one for each lane, until `close`."""
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=self._name, daemon=True)
-            for lane in range(len(self._buffers))
+            for lane in range(self.lanes)
         ]
         for thread in self._threads:
             thread.start()
@@ -452,7 +457,7 @@ class Batcher:
         busy = len(self._busy)
         if not busy:
             return self._rows > 0
-        return self._rows >= self._max and busy < len(self._buffers)
+        return self._rows >= self._max and busy < self.lanes
 
     def _rouse(self) -> None:
         """Wakes one of the lanes that sleep where it has something to run. The lock is held."""

@@ -1,10 +1,13 @@
 """Where a model runs: ONNX Runtime's provider, its options, and whether it really is the one."""
 
 import contextlib
+import hashlib
 import io
 import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnxruntime as ort
@@ -48,6 +51,21 @@ class Device(NamedTuple):
         return self.kind if self.number is None else f"{self.kind}:{self.number}"
 
 
+class Card(NamedTuple):
+    """How a session on a card is to be.
+
+    `memory_mb` (10^6 bytes) bounds what the card lends it, 0 for no bound. `graphs`: CUDA records
+    what it does for a batch size, and repeats it in one go. For TensorRT: `variant`, which says what
+    it may compute in, and the input's name and `largest` shape.
+    """
+
+    memory_mb: float = 0.0
+    graphs: bool = False
+    variant: str = "fp32"
+    input: str = ""
+    largest: tuple[int, ...] = ()
+
+
 class Opened(NamedTuple):
     """A session, where it runs, and why that is not what was preferred."""
 
@@ -63,26 +81,25 @@ def expects_card(device: Device) -> bool:
     return device.kind != "cpu"
 
 
-def open_session(onnx: bytes, device: Device, threads: int, *, memory_mb: float = 0.0) -> Opened:
-    """A session for `onnx`; `threads` is for the CPU, `memory_mb` (10^6 bytes) bounds what the card
-    lends it, 0 for no bound.
+def open_session(onnx: bytes, device: Device, threads: int, card: Card = Card()) -> Opened:
+    """A session for `onnx`; `threads` is for the CPU.
 
     Raises BrokenVersion where the file can't be loaded or the device can't be had: `cuda` is never
     answered with a CPU. `auto` takes CUDA where there is one, and says why it did not where this
     ONNX Runtime has it.
     """
     if device.kind != "auto":
-        return _open(onnx, device, threads, memory_mb)
-    if _PROVIDERS["cuda"] not in ort.get_available_providers():
-        return _open(onnx, Device("cpu"), threads, memory_mb)
+        return _open(onnx, device, threads, card)
+    if not expects_card(device):
+        return _open(onnx, Device("cpu"), threads, card)
     try:
-        return _open(onnx, Device("cuda", device.number), threads, memory_mb)
+        return _open(onnx, Device("cuda", device.number), threads, card)
     except BrokenVersion as error:
-        opened = _open(onnx, Device("cpu"), threads, memory_mb)
+        opened = _open(onnx, Device("cpu"), threads, card)
         return opened._replace(fallback=f"runs on the CPU, not on CUDA: {error}")
 
 
-def _open(onnx: bytes, device: Device, threads: int, memory_mb: float) -> Opened:
+def _open(onnx: bytes, device: Device, threads: int, card: Card) -> Opened:
     provider, available = _PROVIDERS[device.kind], ort.get_available_providers()
     if provider not in available:
         raise BrokenVersion(
@@ -101,13 +118,14 @@ def _open(onnx: bytes, device: Device, threads: int, memory_mb: float) -> Opened
         number = device.number or 0
         device = Device(device.kind, number)
         cuda: dict[str, str] = {**_CUDA_OPTIONS, "device_id": str(number)}
-        if memory_mb:
-            cuda["gpu_mem_limit"] = str(int(memory_mb * 1e6))
+        if card.memory_mb:
+            cuda["gpu_mem_limit"] = str(int(card.memory_mb * 1e6))
+        if card.graphs and device.kind == "cuda":
+            cuda["enable_cuda_graph"] = "1"
         providers = [(_PROVIDERS["cuda"], cuda)]
         if device.kind == "tensorrt":
-            # Engines take minutes to build; they are kept for the next start.
-            cache = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
-            providers.insert(0, (provider, {**cache, "device_id": str(number)}))
+            special = {**_tensorrt_options(onnx, card), "device_id": str(number)}
+            providers.insert(0, (provider, special))
         _preload()
     try:
         session = ort.InferenceSession(onnx, options, providers=providers)
@@ -125,6 +143,32 @@ def _open(onnx: bytes, device: Device, threads: int, memory_mb: float) -> Opened
             + (f", and {len(strays) - 10} more" if len(strays) > 10 else "")
         )
     return Opened(session, device)
+
+
+def _tensorrt_options(onnx: bytes, card: Card) -> dict[str, str]:
+    """https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html"""
+    options = {}
+    if card.variant in ("fp16", "int8"):
+        options[f"trt_{card.variant}_enable"] = "1"
+    if card.largest:
+        # One engine for all sizes: else every larger batch than those before has it built anew.
+        for name, rows in (("min", 1), ("opt", card.largest[0]), ("max", card.largest[0])):
+            shape = "x".join(map(str, (rows, *card.largest[1:])))
+            options[f"trt_profile_{name}_shapes"] = f"{card.input}:{shape}"
+    # Engines take minutes to build; they are kept for the next start. Their names tell the shape of
+    # the graph and the kind of card, but neither the weights nor who built them.
+    known = f"{ort.__version__}-{hashlib.sha256(onnx).hexdigest()}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "convoy" / "tensorrt" / known
+    try:
+        cache = cache.expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        log.warning("TensorRT's engines are built anew at each start: %s", error)
+        return options
+    for name in ("engine", "timing"):
+        options[f"trt_{name}_cache_enable"] = "1"
+        options[f"trt_{name}_cache_path"] = str(cache)
+    return options
 
 
 def _preload() -> None:
@@ -155,6 +199,12 @@ def host_value(device: Device, shape: Sequence[int], kind: type) -> ort.OrtValue
                 log.info("%s: %s", device, error)
         log.info("%s has no pinned memory to give", device)
     return make(shape, kind)
+
+
+def card_value(device: Device, shape: Sequence[int], kind: type) -> ort.OrtValue:
+    """A value in memory of the card."""
+    number = device.number or 0
+    return ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, "cuda", number)
 
 
 def assignment(session: ort.InferenceSession) -> list[tuple[str, str, str]]:

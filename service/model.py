@@ -1,8 +1,10 @@
 """One loaded version: the session on its device, its warm-up, its proof, and `run`."""
 
 import ctypes
+import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,15 @@ import onnxruntime as ort
 
 from service.bundle import Bundle, Probabilities
 from service.cpu import whole_cores
-from service.device import Device, buckets, expects_card, host_value, open_session
+from service.device import (
+    Card,
+    Device,
+    buckets,
+    card_value,
+    expects_card,
+    host_value,
+    open_session,
+)
 from service.errors import BrokenVersion, InferenceFailed
 from service.images import Pixels
 
@@ -25,13 +35,26 @@ COARSE_TOLERANCE = 1e-2
 # How long, and how often, batches are timed before a version serves.
 _MEASURE_S, _MEASURED_RUNS = 1.0, 3
 
+# A card has its next batch at hand when it is done with one, see `Batcher`.
+_LANES = 2
+# Of each size before the proof, on a card. ONNX Runtime runs a size twice, then records its CUDA
+# graph; the fourth run is the first that repeats it.
+_WARM_RUNS = 4
+
+log = logging.getLogger("convoy.model")
+
 
 class _Bound(NamedTuple):
-    """Memory of one batch size that stays bound to the session: filled, run, and read in place."""
+    """Memory of one batch size that stays bound to the session: filled, run, and read in place. A
+    CUDA graph has memory of the card bound, `source` and `sink`, and `options` that name it.
+    """
 
     pixels: Pixels
     probabilities: Probabilities
     binding: Any
+    source: ort.OrtValue | None = None
+    sink: ort.OrtValue | None = None
+    options: ort.RunOptions | None = None
 
 
 class Model:
@@ -39,32 +62,31 @@ class Model:
 
     `device` is where it really runs, `variant` which of a version's graphs it is, and `fallback` why,
     where that is not what was preferred.
-    `run` may be called from several threads, but not with a `buffer`.
+    `run` may be called from several threads; where memory is bound, only with a `buffer` of each's
+    own.
     """
 
     def __init__(
-        self,
-        onnx: bytes,
-        device: str = "auto",
-        threads: int = 0,
-        *,
-        memory_mb: float = 0.0,
+        self, onnx: bytes, device: str = "auto", threads: int = 0, card: Card = Card()
     ) -> None:
         """Loads `onnx` on `device`, see `device.Device`; `threads` is for the CPU, 0 means one a
-        usable core; `memory_mb` see `device.open_session`.
+        usable core.
 
         Raises BrokenVersion where the file is no such classifier or the device can't be had.
         """
-        opened = open_session(
-            onnx, Device.parse(device), threads or whole_cores(), memory_mb=memory_mb
-        )
+        opened = open_session(onnx, Device.parse(device), threads or whole_cores(), card)
         self._session, self.fallback = opened.session, opened.fallback
         self._device = opened.device
         self.device = str(opened.device)
         self.variant = "fp32"
         # The batch sizes that it is run with, see `bind`; empty where any will do.
         self.sizes: tuple[int, ...] = ()
-        self._bound: dict[int, _Bound] = {}
+        self.lanes = 1
+        self._bound: dict[int, list[_Bound]] = {}
+        # CUDA graphs belong to the thread that has recorded them.
+        self._replays: ThreadPoolExecutor | None = None
+        if card.graphs and opened.device.kind == "cuda":
+            self._replays = ThreadPoolExecutor(1, thread_name_prefix="cuda-graphs")
         self._read_contract()
 
     def _read_contract(self) -> None:
@@ -104,9 +126,11 @@ class Model:
         threads: int = 0,
         *,
         variant: str = "fp32",
-        memory_mb: float = 0.0,
+        card: Card = Card(),
+        deterministic: bool = False,
     ) -> "Model":
-        """Loads a version and has it prove itself on its golden inputs.
+        """Loads a version and has it prove itself on its golden inputs; on a card when every batch
+        size that it is run with is warm. `deterministic`: that is the largest alone.
 
         `variant`: which graph, a name in VARIANTS, where the version has it, else fp32. Or
         `fastest`, see `Bundle.fastest`; should that one not prove itself here (int8 may give other
@@ -116,7 +140,7 @@ class Model:
         """
 
         def load(name: str) -> Model:
-            return cls._load(bundle, name, device, threads, memory_mb)
+            return cls._load(bundle, name, device, threads, card, deterministic)
 
         if variant != "fastest":
             return load(variant if variant in bundle.variants else "fp32")
@@ -138,10 +162,37 @@ class Model:
 
     @classmethod
     def _load(
-        cls, bundle: Bundle, variant: str, device: str, threads: int, memory_mb: float
+        cls,
+        bundle: Bundle,
+        variant: str,
+        device: str,
+        threads: int,
+        card: Card,
+        deterministic: bool,
     ) -> "Model":
-        onnx = bundle.variants.get(variant, bundle.onnx)
-        model = cls(onnx, device, threads, memory_mb=memory_mb)
+        manifest = bundle.manifest
+        shape = () if manifest.fixed_batch else (manifest.max_batch_size, *manifest.pixels.shape)
+        card = card._replace(variant=variant, input=manifest.input, largest=shape)
+        try:
+            return cls._prepare(bundle, variant, device, threads, card, deterministic)
+        except BrokenVersion as error:
+            if not card.graphs:
+                raise
+            log.warning("%s/%d without CUDA graphs: %s", bundle.name, bundle.version, error)
+        card = card._replace(graphs=False)
+        return cls._prepare(bundle, variant, device, threads, card, deterministic)
+
+    @classmethod
+    def _prepare(
+        cls,
+        bundle: Bundle,
+        variant: str,
+        device: str,
+        threads: int,
+        card: Card,
+        deterministic: bool,
+    ) -> "Model":
+        model = cls(bundle.variants.get(variant, bundle.onnx), device, threads, card)
         model.variant = variant
         manifest = bundle.manifest
         said = (manifest.input, manifest.output, manifest.pixels.shape)
@@ -156,34 +207,71 @@ class Model:
                 f"{bundle.folder}: the graph's batch axis is {model.fixed_batch or 'free'}, "
                 f"the manifest says {fixed or 'free'}"
             )
-        if model._device.kind != "cpu" and not fixed:
-            model.bind(buckets(manifest.max_batch_size), len(manifest.labels))
+        largest, classes, on_card = (
+            manifest.max_batch_size,
+            len(manifest.labels),
+            model._device.kind != "cpu",
+        )
+        if deterministic or (on_card and fixed):
+            model.bind((largest,), classes, _LANES if on_card else 1)
+        elif on_card:
+            model.bind(buckets(largest), classes, _LANES)
+        try:
+            if on_card:
+                model.warm()
+        except InferenceFailed as error:
+            raise BrokenVersion(f"{bundle.folder}: {error}") from error
         model.prove(bundle)
         return model
 
-    def bind(self, sizes: Sequence[int], classes: int) -> None:
-        """Has batches of these sizes run in memory that stays bound to the session: on a card, memory
-        of the host that it reads and writes itself. See `buffer`.
+    def bind(self, sizes: Sequence[int], classes: int, lanes: int = 1) -> None:
+        """Has batches of these sizes run in memory that stays bound to the session, as many at once as
+        there are `lanes` (CUDA graphs: one). On a card it is memory of the host that the card reads
+        and writes itself. See `buffer`.
         """
-        self.sizes = tuple(sizes)
-        for size in sizes:
-            pixels = host_value(self._device, (size, *self.shape), np.uint8)
-            probabilities = host_value(self._device, (size, classes), np.float32)
-            binding = self._session.io_binding()
-            binding.bind_ortvalue_input(self.input, pixels)
-            binding.bind_ortvalue_output(self.output, probabilities)
-            self._bound[size] = _Bound(_view(pixels), _view(probabilities), binding)
+        self.sizes, self.lanes = tuple(sizes), 1 if self._replays else lanes
+        self._bound = {
+            size: [self._bind(size, classes) for _ in range(self.lanes)] for size in self.sizes
+        }
 
-    def buffer(self, size: int) -> Pixels | None:
+    def _bind(self, size: int, classes: int) -> _Bound:
+        pixels = host_value(self._device, (size, *self.shape), np.uint8)
+        probabilities = host_value(self._device, (size, classes), np.float32)
+        binding = self._session.io_binding()
+        bound = _Bound(_view(pixels), _view(probabilities), binding)
+        bound.pixels[...] = 0
+        if self._replays:
+            pixels = card_value(self._device, (size, *self.shape), np.uint8)
+            probabilities = card_value(self._device, (size, classes), np.float32)
+            bound = bound._replace(source=pixels, sink=probabilities, options=_graph(size))
+        binding.bind_ortvalue_input(self.input, pixels)
+        binding.bind_ortvalue_output(self.output, probabilities)
+        return bound
+
+    def buffer(self, size: int, lane: int = 0) -> Pixels | None:
         """Where the pixels of a batch of `size` are best put together: given to `run`, they are not
         copied. None where any array will do.
         """
         bound = self._bound.get(size)
-        return bound.pixels if bound else None
+        return bound[lane].pixels if bound else None
+
+    def warm(self) -> None:
+        """Runs every bound size in all lanes at once, until none is run for the first time.
+
+        Raises InferenceFailed where ONNX Runtime does.
+        """
+
+        def run(bound: _Bound) -> None:
+            for _ in range(_WARM_RUNS):
+                self.run(bound.pixels)
+
+        with ThreadPoolExecutor(self.lanes) as pool:
+            for size in self.sizes:
+                list(pool.map(run, self._bound[size]))
 
     def prove(self, bundle: Bundle) -> None:
         """Raises BrokenVersion where it does not give the golden answers, alone and in the largest
-        batch.
+        batch, or in every size that is bound.
         """
         golden, count = bundle.golden, len(bundle.manifest.labels)
         recorded = golden.variants.get(self.variant, golden.probabilities)
@@ -194,8 +282,9 @@ class Model:
                 f"{bundle.folder}: golden answers of shape {list(recorded.shape)} "
                 f"for {len(golden.pixels)} inputs and {count} labels"
             )
-        for size in {1, bundle.manifest.max_batch_size}:
-            rows = np.resize(np.arange(len(golden.pixels)), max(size, len(golden.pixels)))
+        for size in self.sizes or {1, bundle.manifest.max_batch_size}:
+            # Whole batches: others would run in other sizes.
+            rows = np.resize(np.arange(len(golden.pixels)), -(-len(golden.pixels) // size) * size)
             for start in range(0, len(rows), size):
                 chosen = rows[start : start + size]
                 try:
@@ -222,13 +311,13 @@ class Model:
                     )
 
     def measure(self, bundle: Bundle, record: Callable[[int, float], None]) -> None:
-        """Tells `record` how many seconds batches take: of one, of the largest size, and of those
-        between as long as that takes no longer than a second in all.
+        """Tells `record` how many seconds batches take: of every size that is bound; else of one, of
+        the largest size, and of those between as long as that takes no longer than a second in all.
         """
         largest, pixels = bundle.manifest.max_batch_size, bundle.golden.pixels
         between = [1 << n for n in range(1, (largest - 1).bit_length())]
         ends = time.perf_counter() + _MEASURE_S
-        for size in dict.fromkeys((1, largest, *between)):
+        for size in self.sizes or dict.fromkeys((1, largest, *between)):
             rows = np.resize(pixels, (size, *pixels.shape[1:]))
             for _ in range(_MEASURED_RUNS):
                 began = time.perf_counter()
@@ -237,7 +326,6 @@ class Model:
                 record(size, now - began)
                 if now > ends:
                     break
-            # On a card none may be cold; elsewhere all are alike.
             if now > ends and size not in (1, largest) and not self.sizes:
                 return
 
@@ -246,7 +334,7 @@ class Model:
 
         Raises InferenceFailed where ONNX Runtime does.
         """
-        if self.fixed_batch is not None:
+        if self.fixed_batch not in (None, len(pixels)):
             return self._run_fixed(pixels, self.fixed_batch)
         return self._run(pixels)
 
@@ -259,17 +347,40 @@ class Model:
         return np.concatenate(parts)
 
     def _run(self, pixels: Pixels) -> Probabilities:
-        bound = self._bound.get(len(pixels))
+        of_size = self._bound.get(len(pixels))
         try:
-            if bound is None:
-                answer: Probabilities = self._session.run([self.output], {self.input: pixels})[0]
+            if of_size is None:
+                # What is not bound lies elsewhere each time: no graph is recorded.
+                options = (_graph(-1),) if self._replays else ()
+                answer: Probabilities = self._session.run(
+                    [self.output], {self.input: pixels}, *options
+                )[0]
                 return answer
+            bound = next((each for each in of_size if each.pixels is pixels), of_size[0])
             if pixels is not bound.pixels:
                 np.copyto(bound.pixels, pixels, casting="no")
+            if self._replays:
+                return self._replays.submit(self._replay, bound).result()
             self._session.run_with_iobinding(bound.binding)
         except Exception as error:
             raise InferenceFailed(str(error)) from error
         return bound.probabilities.copy()
+
+    def _replay(self, bound: _Bound) -> Probabilities:
+        """A graph reads and writes where it did when it was recorded: in the card's own memory."""
+        assert bound.source
+        assert bound.sink
+        bound.source.update_inplace(bound.pixels)
+        self._session.run_with_iobinding(bound.binding, bound.options)
+        answer: Probabilities = bound.sink.numpy()
+        return answer
+
+
+def _graph(number: int) -> ort.RunOptions:
+    """Options of a run that records or repeats the CUDA graph of this number; of -1, none."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options
 
 
 def _view(value: ort.OrtValue) -> npt.NDArray[Any]:

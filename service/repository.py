@@ -19,6 +19,7 @@ from service.batcher import Answer, Batch, Batcher, BatchTimes
 from service.bundle import Bundle
 from service.channel import RemoteBatcher
 from service.cpu import Budget
+from service.device import Card
 from service.errors import (
     BrokenVersion,
     Cancelled,
@@ -260,7 +261,8 @@ def runs_here(
             settings.device,
             budget.run_threads,
             variant=settings.variant,
-            memory_mb=settings.gpu_memory_mb,
+            card=Card(settings.gpu_memory_mb, settings.cuda_graphs),
+            deterministic=settings.deterministic,
         )
         if model.fallback:
             log.warning("%s/%d %s", name, bundle.version, model.fallback)
@@ -269,8 +271,6 @@ def runs_here(
                 "%s/%d has no variant %s: serves %s",
                 name, bundle.version, settings.variant, model.variant,
             )  # fmt: skip
-        if settings.deterministic:
-            model.bind((size,), len(bundle.manifest.labels))
         times = BatchTimes(size)
         model.measure(bundle, times.record)
 
@@ -284,7 +284,8 @@ def runs_here(
             times=times,
             max_wait_s=settings.max_wait_s,
             sizes=model.sizes,
-            buffer=lambda size, lane: model.buffer(size),
+            buffer=model.buffer,
+            lanes=model.lanes,
             on_batch=record,
             on_bug=on_bug,
             name=f"batcher {name}/{bundle.version}",

@@ -59,6 +59,11 @@ class Settings:
     gpu_memory_mb: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
     """Megabytes of a card's memory that each model may take; 0 for no bound."""
 
+    cuda_graphs: bool = False
+    """On a card (cuda, not tensorrt): record what it does for each batch size, and repeat that in one
+    go, which spares small batches most of what starting each operation costs. One batch is then on
+    its way at a time. A model that can't be recorded runs without, and the log says why."""
+
     acceptors: Count = 1
     """Processes that take calls and decode images, all on the one port."""
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -1418,7 +1419,7 @@ class Pipeline:
         self.now, self.ran = 0.0, list[list[int]]()
         self._copied = self._computed = 0.0
         self._copy_s, self._compute_s = copy_s, compute_s
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         memory = {
             (size, lane): np.zeros((size, 4), np.uint8)
@@ -1446,7 +1447,7 @@ class Pipeline:
         for thread in self._threads:
             thread.start()
 
-    def at(self, when: float, event: Callable[[], None]) -> None:
+    def at(self, when: float, event: Callable[[], object]) -> None:
         heapq.heappush(self._events, (when, next(self._order), event))
 
     def run(self) -> None:
@@ -1518,7 +1519,7 @@ def test_what_is_not_full_waits_for_the_device_and_gathers() -> None:
     with closing(Pipeline(lambda size: 1, lambda size: 10)) as device:
         for n in range(8):
             when = float(n)
-            device.at(when, lambda n=n: device.batcher.submit(rows(n), heard.by(n)))
+            device.at(when, partial(device.batcher.submit, rows(n), heard.by(n)))
         # Now there is a full batch, which goes while the device has another.
         device.at(12.5, lambda: device.batcher.submit(rows(*range(10, 20)), heard.by(10)))
         device.run()

@@ -1,6 +1,8 @@
 """A loaded version: the contract of its graph, its proof, and that it answers what it is asked."""
 
 import dataclasses
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -220,6 +222,57 @@ def test_other_arrays_and_other_sizes_run_as_well(count: int) -> None:
 def test_what_does_not_fit_bound_memory_has_failed(wrong: Any) -> None:
     with pytest.raises(InferenceFailed):
         bound(4).run(wrong)
+
+
+def test_lanes_have_memory_of_their_own() -> None:
+    model = cpu(classifier())
+    model.bind((1, 4), 3, lanes=2)
+    assert model.lanes == 2
+    given = [np.full((4, *SHAPE), value, np.uint8) for value in (10, 200)]
+    buffers = [model.buffer(4, lane) for lane in (0, 1)]
+    for buffer, rows in zip(buffers, given, strict=True):
+        assert buffer is not None
+        buffer[...] = rows
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            answers = pool.map(model.run, buffers)
+            for rows, answer in zip(given, answers, strict=True):
+                assert np.allclose(answer, expected(rows), atol=1e-5)
+
+
+def test_to_be_warm_each_size_has_run_in_all_lanes_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = cpu(classifier())
+    model.bind((1, 4), 3, lanes=2)
+    run, together = model.run, threading.Barrier(2)
+
+    def meet(pixels: Pixels) -> Any:
+        together.wait(30)
+        seen.append((len(pixels), id(pixels)))
+        return run(pixels)
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(model, "run", meet)
+    model.warm()
+    times = Counter(seen)
+    assert set(times) == {
+        (size, id(model.buffer(size, lane))) for size in (1, 4) for lane in (0, 1)
+    }
+    assert min(times.values()) >= 4
+
+
+def test_a_fixed_batch_runs_in_place_where_it_is_bound() -> None:
+    model = cpu(classifier(batch=4))
+    model.bind((4,), 3, lanes=2)
+    for lane in (0, 1):
+        buffer = model.buffer(4, lane)
+        assert buffer is not None
+        buffer[...] = pixels(4) + np.uint8(lane)
+    for lane in (1, 0):
+        answer = model.run(model.buffer(4, lane))  # type: ignore[arg-type]
+        assert np.allclose(answer, expected(pixels(4) + np.uint8(lane)), atol=1e-5)
+    assert np.allclose(model.run(pixels(6)), expected(pixels(6)), atol=1e-5)
 
 
 def test_every_bound_size_is_warm_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
