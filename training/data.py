@@ -134,12 +134,24 @@ def load(settings: TrainingSettings, track: Track = untracked) -> Dataset:
     """
     name = model_name(settings)
     classes, target, given = _given(settings, track, SPLITS)
+    return assemble(name, classes, target, given, settings)
+
+
+def assemble(
+    name: str,
+    classes: tuple[str, ...],
+    target: Target,
+    given: Mapping[str, Split],
+    settings: TrainingSettings,
+    say: Callable[[str], object] = log.warning,
+) -> Dataset:
+    """The splits of what is given; `say` hears of images that are left out. Raises DataError."""
     given = with_test(given, settings)
     test = given["test"]
-    train = _without(given["train"], test, "training", "test")
+    train = _without(given["train"], test, "training", "test", say)
     if "validation" in given:
-        validation = _without(given["validation"], test, "validation", "test")
-        train = _without(train, validation, "training", "validation")
+        validation = _without(given["validation"], test, "validation", "test", say)
+        train = _without(train, validation, "training", "validation", say)
     else:
         salt = f"validation {settings.split_seed}"
         train, validation = _cut(train, settings.validation_share, salt)
@@ -179,6 +191,11 @@ def class_weights(labels: Labels, classes: int) -> npt.NDArray[np.float32]:
     present = counts > 0
     weights = len(labels) / (present.sum() * np.maximum(counts, 1))
     return np.where(present, weights, 0).astype(np.float32)
+
+
+def is_built_in(settings: TrainingSettings) -> bool:
+    """Whether the data are the digits that come with scikit-learn."""
+    return settings.data == "digits" and not Path(settings.data).exists()
 
 
 def list_files(settings: TrainingSettings) -> Listing:
@@ -249,19 +266,18 @@ def _cut(split: Split, share: float, salt: str) -> tuple[Split, Split]:
     return split.only(~chosen), split.only(chosen)
 
 
-def _without(split: Split, other: Split, name: str, others: str) -> Split:
+def _without(
+    split: Split, other: Split, name: str, others: str, say: Callable[[str], object]
+) -> Split:
     """The images of `split` that `other` has no copy of."""
     known = set(other.identities)
     fresh = np.array([identity not in known for identity in split.identities], bool)
     if fresh.all():
         return split
-    log.warning(
-        "%d %s images are %s images too, such as %s: they are left out of %s",
-        int((~fresh).sum()),
-        name,
-        others,
-        split.files and split.files[int(fresh.argmin())],
-        name,
+    first = split.files and split.files[int(fresh.argmin())]
+    say(
+        f"{(~fresh).sum()} {name} images are {others} images too, such as {first}: "
+        f"they are left out of {name}"
     )
     return split.only(fresh)
 
@@ -271,11 +287,11 @@ _Given = tuple[tuple[str, ...], Target, dict[str, Split]]
 
 def _given(settings: TrainingSettings, track: Track, wanted: Sequence[str]) -> _Given:
     """Classes, size and splits of the data; of splits that include a test only those `wanted`."""
-    if settings.data == "digits" and not Path(settings.data).exists():
+    if is_built_in(settings):
         return _digits(settings)
     listing = list_files(settings)
     for note in listing.notes:
-        log.warning("%s", note)
+        log.warning(note)
     if listing.problems:
         raise DataError("\n".join(listing.problems))
     target = choose_target([file for file, _ in listing.files["train"]], settings)
