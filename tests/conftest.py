@@ -28,7 +28,8 @@ TIMEOUT_S = 30.0
 def environment(**variables: str) -> dict[str, str]:
     """The environment without the CONVOY_* settings of whoever runs the tests, and `variables`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CONVOY_")}
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **variables}
+    ours = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "CONVOY_CACHE": "off"}
+    return {**kept, **ours, **variables}
 
 
 def convoy(
