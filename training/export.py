@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 import tf2onnx
+from onnx import numpy_helper
 
 from training.evaluate import Predict
 
@@ -61,4 +62,12 @@ def predict(serve: Any) -> Predict:
 def to_onnx(serve: Any) -> bytes:
     """The ONNX file of a `serving_function`, its batch axis free."""
     model, _ = tf2onnx.convert.from_function(serve, serve.input_signature, opset=OPSET)
+    # Constants from outside of layers, such as the means that a backbone's preprocessing takes away,
+    # come out as inputs.
+    traced = serve.get_concrete_function()
+    for inner, outer in zip(traced.graph.internal_captures, traced.captured_inputs, strict=True):
+        for source in [value for value in model.graph.input if value.name == inner.name]:
+            model.graph.input.remove(source)
+            constant = numpy_helper.from_array(outer.numpy(), inner.name)
+            model.graph.initializer.append(constant)
     return bytes(model.SerializeToString())
