@@ -1,0 +1,526 @@
+"""`convoy train` as a job: records of what came of it, and with `--retrain` what a scheduler needs: one job
+at a time, nothing done twice, exit codes that say what happened.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from service import bundle as bundles
+from service.bundle import Bundle
+from service.errors import ConvoyError
+from training import publish
+from training import run as runs
+from training.data import Dataset, model_name
+from training.publish import Findings, NotBetter, Verdict
+from training.run import Hooks
+from training.settings import TrainingSettings
+from training.trackers import MLflow, TensorBoard
+
+if TYPE_CHECKING:
+    from training.fit import Epoch
+
+log = logging.getLogger("convoy.job")
+
+Status = Literal["published", "not-better", "nothing-new", "failed"]
+EXIT: Mapping[Status, int] = {"published": 0, "not-better": 3, "nothing-new": 4, "failed": 1}
+
+Run = Callable[[TrainingSettings, Console, Hooks], Bundle | None]
+
+# In the model's folder, where neither Convoy nor Triton takes them for a version.
+LOCK, MEMORY = ".retrain.lock", ".retrain.json"
+
+# Settings that have no part in what a version comes to be: where things lie, who hears of it, ...
+_AROUND = {
+    "recipe", "models", "name", "cache", "checkpoints", "resume", "tensorboard", "mlflow_uri",
+    "retrain", "base", "summary", "textfile",
+}  # fmt: skip
+# ... those that the images themselves tell of, ...
+_SEEN_IN_DATA = {
+    "data", "split_seed", "test_share", "validation_share", "skip_unreadable", "image_size",
+    "channels", "resize",
+}  # fmt: skip
+# ... the gate, and where the weights came from, which is no reason to train on the same data again.
+_NOT_TRAINED = {
+    "min_accuracy", "min_recall", "max_calibration_error", "max_parity", "min_agreement",
+    "max_regression", "significance", "max_variant_loss", "max_slowdown", "max_megabytes", "compare",
+    "warm_start",
+}  # fmt: skip
+
+
+class NothingNew(ConvoyError):
+    """There is no reason to train; the text says why."""
+
+
+def train(settings: TrainingSettings, console: Console, run: Run = runs.run) -> int:
+    """Runs one training; the exit status, see `EXIT`. What came of it is in `settings.summary` and
+    `settings.textfile`, also where this raises.
+
+    Raises what `run` raises, but for NotBetter with `settings.retrain`; ConvoyError where another
+    retraining of the same model is running, and where settings contradict each other.
+    """
+    job = _Job(settings, console)
+    try:
+        with _terminable():
+            return job.work(run)
+    except BaseException as error:
+        job.failed(error)
+        raise
+    finally:
+        job.record()
+
+
+def is_chief(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one of several machines that publishes, as `training.fit` will find,
+    told before TensorFlow is loaded. Raises ConvoyError.
+    """
+    text = environment.get("TF_CONFIG")
+    if not text:
+        return True
+    try:
+        config = json.loads(text)
+        task, cluster = config.get("task", {}), config.get("cluster", {})
+        kind, index = task.get("type"), int(task.get("index", 0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConvoyError(f"TF_CONFIG says nothing that can be read: {error}") from error
+    return kind in {None, "chief"} or (kind == "worker" and index == 0 and "chief" not in cluster)
+
+
+@dataclass
+class _Outcome:
+    """What is known of a run; the fields are those of the summary."""
+
+    status: Status = "failed"
+    exit_code: int = EXIT["failed"]
+    error: str | None = None
+    model: str = ""
+    # Of the version that was published.
+    version: int | None = None
+    folder: str | None = None
+    sha256: str | None = None
+    # Of what was trained, on the test images.
+    accuracy: dict[str, Any] | None = None
+    # What it was held against, and McNemar's test of the two.
+    serving: dict[str, Any] | None = None
+    compared: dict[str, Any] | None = None
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    # Images and sha256 of each split.
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    started: str = ""
+    ended: str = ""
+    seconds: float = 0.0
+
+
+class _Job:
+    def __init__(self, settings: TrainingSettings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.outcome = _Outcome(model=settings.name or settings.data, started=_now())
+        self._began = time.monotonic()
+        # Nobody else writes files until it is known.
+        self._chief = False
+        self._published: Bundle | None = None
+        self._tensorboard: TensorBoard | None = None
+        self._mlflow: MLflow | None = None
+        self._killed = False
+
+    def work(self, run: Run) -> int:
+        settings = self.settings
+        self._chief = is_chief()
+        self.outcome.model = model_name(settings)
+        folder = settings.models / self.outcome.model
+        _check(settings, folder)
+        with contextlib.ExitStack() as held:
+            if settings.retrain and self._chief:
+                held.enter_context(_only_one(folder))
+            hooks = Hooks(self._on_data, self._on_epoch, self._on_judged)
+            try:
+                self._published = run(settings, self.console, hooks)
+            except NothingNew as reason:
+                self._end("nothing-new", str(reason))
+            except NotBetter as reason:
+                self._end("not-better", str(reason))
+                self._remember(folder)
+            else:
+                self._end("published")
+        return self.outcome.exit_code
+
+    def _end(self, status: Status, reason: str = "") -> None:
+        self.outcome.status, self.outcome.exit_code = status, EXIT[status]
+        if reason:
+            self.console.print(reason, markup=False, highlight=False)
+
+    def failed(self, error: BaseException) -> None:
+        """Notes how a run ended that raises."""
+        self.outcome.status, self.outcome.exit_code = "failed", EXIT["failed"]
+        self.outcome.error = str(error) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._killed = True
+            self.outcome.exit_code = 128 + signal.SIGINT
+            if isinstance(error, SystemExit) and isinstance(error.code, int):
+                self.outcome.exit_code = error.code
+            self.outcome.error = f"ended from outside, with status {self.outcome.exit_code}"
+
+    # What the run tells.
+
+    def _on_data(self, data: Dataset) -> None:
+        splits = {"train": data.train, "validation": data.validation, "test": data.test}
+        self.outcome.data = {
+            name: {"count": len(split), "sha256": split.fingerprint()}
+            for name, split in splits.items()
+        }
+        self._classes = list(data.classes)
+        folder = self.settings.models / data.name
+        if self.settings.retrain:
+            found = publish.newest_proven(folder)
+            self._holds_against(found[0] if found else None)
+            if found:
+                self._look_for_news(found[0], folder)
+        if not self._chief:
+            return
+        name = f"{data.name}-{self.outcome.started.replace(':', '')}"
+        if self.settings.tensorboard:
+            self._tensorboard = TensorBoard(self.settings.tensorboard / name)
+        if self.settings.mlflow_uri:
+            self._mlflow = MLflow(self.settings.mlflow_uri, data.name, self._parameters())
+
+    def _parameters(self) -> dict[str, Any]:
+        """What MLflow shows beside figures: settings, and what was trained on."""
+        hidden = _AROUND - {"recipe", "retrain", "base"}
+        parameters = {k: v for k, v in asdict(self.settings).items() if k not in hidden}
+        for name, split in self.outcome.data.items():
+            parameters[f"images_{name}"] = split["count"]
+            parameters[f"sha256_{name}"] = split["sha256"]
+        return parameters
+
+    def _on_epoch(self, epoch: "Epoch") -> None:
+        if self._tensorboard:
+            self._tensorboard.on_epoch(epoch)
+        if self._mlflow:
+            self._mlflow.on_epoch(epoch)
+
+    def _on_judged(self, findings: Findings, verdict: Verdict) -> None:
+        outcome = self.outcome
+        outcome.gate = [asdict(check) for check in verdict.checks]
+        # Anew: another run may have published in the meantime.
+        found = publish.newest_proven(self.settings.models / outcome.model)
+        self._holds_against(found[0] if found else None)
+        figures: dict[str, float] = {}
+        if evaluation := findings.evaluation:
+            outcome.accuracy = {
+                "value": evaluation.accuracy,
+                "interval": asdict(evaluation.accuracy_interval),
+                "correct": evaluation.correct,
+                "images": evaluation.images,
+            }
+            figures |= {
+                "test_accuracy": evaluation.accuracy,
+                "test_accuracy_low": evaluation.accuracy_interval.low,
+                "test_accuracy_high": evaluation.accuracy_interval.high,
+                "test_log_loss": evaluation.log_loss,
+                "test_macro_f1": evaluation.macro_f1,
+                "test_worst_recall": evaluation.worst.recall,
+                "calibration_error": evaluation.calibrated.error,
+                "calibration_error_unscaled": evaluation.uncalibrated.error,
+            }
+        for name, variant in findings.variants.items():
+            figures |= {
+                f"{name}_accuracy": variant.scores.accuracy,
+                f"{name}_speedup": variant.speedup,
+                f"{name}_images_per_s": variant.images_per_s,
+            }
+        if compared := verdict.compared:
+            outcome.compared = asdict(compared)
+            figures["better_than_serving"] = compared.difference
+            if outcome.serving and outcome.accuracy:
+                right = outcome.accuracy["correct"] - compared.only_candidate
+                outcome.serving["accuracy"] = (right + compared.only_serving) / compared.images
+        if self._mlflow:
+            self._mlflow.figures(figures)
+
+    # What was there before.
+
+    def _holds_against(self, serving: Bundle | None) -> None:
+        self.outcome.serving = None
+        if serving:
+            scores = serving.manifest.scores
+            self.outcome.serving = {
+                "version": serving.version,
+                "sha256": serving.sha256,
+                # On the images that it was published with, until it is known on those of today.
+                "accuracy": scores.accuracy if scores else None,
+            }
+
+    def _look_for_news(self, serving: Bundle, folder: Path) -> None:
+        """Raises NothingNew where a training could only come to what was there before."""
+        story = serving.manifest.training
+        data = {name: split["sha256"] for name, split in self.outcome.data.items()}
+        learned = {name: split.get("sha256") for name, split in story.get("images", {}).items()}
+        ours, theirs = (
+            _trained_with(settings)
+            for settings in (asdict(self.settings), story.get("settings", {}))
+        )
+        if data == learned and self._classes == serving.manifest.labels and ours == theirs:
+            raise NothingNew(
+                f"nothing new: {serving.folder} was trained on these {_total(self.outcome.data)} "
+                "images, with these settings"
+            )
+        for tried in _memory(folder):
+            if tried.get("try") == self._try():
+                raise NothingNew(
+                    f"nothing new: what these {_total(self.outcome.data)} images came to with these "
+                    f"settings was not better than {serving.folder}, at {tried.get('when')}"
+                )
+
+    def _try(self) -> str:
+        """A sha256 of what decides how a run ends: data, settings, and what it is held against."""
+        serving = self.outcome.serving and self.outcome.serving["sha256"]
+        without = _AROUND | _SEEN_IN_DATA
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in without}
+        known = [settings, self.outcome.data, self._classes, serving]
+        return hashlib.sha256(json.dumps(known, default=str, sort_keys=True).encode()).hexdigest()
+
+    def _remember(self, folder: Path) -> None:
+        """That this came to nothing better, so that the next run need not try it again."""
+        serving = self.outcome.serving and self.outcome.serving["sha256"]
+        entry = {"try": self._try(), "serving": serving, "when": self.outcome.started}
+        # What was tried against versions that serve no more can't be tried again.
+        kept = [tried for tried in _memory(folder) if tried.get("serving") == serving]
+        try:
+            _write(folder / MEMORY, json.dumps([*kept, entry], indent=2).encode() + b"\n")
+        except OSError as error:
+            log.warning("%s: %s; the same data will be tried again", folder / MEMORY, error)
+
+    # What is left behind.
+
+    def record(self) -> None:
+        """Tells everyone who asked for it what came of the run."""
+        outcome, settings = self.outcome, self.settings
+        outcome.ended, outcome.seconds = _now(), time.monotonic() - self._began
+        if bundle := self._published:
+            outcome.version, outcome.folder = bundle.version, str(bundle.folder)
+            outcome.sha256 = bundle.sha256
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._mlflow:
+            self._mlflow.end(*self._last_words())
+        if not self._chief:
+            return
+        if settings.summary:
+            text = json.dumps(asdict(outcome), indent=2, default=_plain) + "\n"
+            _written("--summary", settings.summary, lambda path: _write(path, text.encode()))
+        if settings.textfile:
+            versions = bundles.versions(settings.models / outcome.model)
+            version = max(versions, default=None)
+            _written(
+                "--textfile", settings.textfile, lambda path: _write_metrics(path, outcome, version)
+            )
+
+    def _last_words(
+        self,
+    ) -> tuple[Literal["FINISHED", "FAILED", "KILLED"], dict[str, str], list[Path]]:
+        tags = {"status": self.outcome.status}
+        if bundle := self._published:
+            tags |= {"version": str(bundle.version), "sha256": bundle.sha256}
+            files = [bundle.folder / bundles.MANIFEST]
+            if bundles.REPORT in bundle.manifest.files:
+                files.append(bundle.folder / bundles.REPORT)
+            return "FINISHED", tags, files
+        if self.outcome.error:
+            # A limit of MLflow's.
+            tags["error"] = self.outcome.error[:5000]
+        failed = self.outcome.status == "failed"
+        return "KILLED" if self._killed else "FAILED" if failed else "FINISHED", tags, []
+
+
+def _check(settings: TrainingSettings, folder: Path) -> None:
+    """Raises ConvoyError where the settings of a retraining contradict each other."""
+    base = settings.base
+    if settings.retrain and base is None:
+        raise ConvoyError(
+            "--retrain needs --base, the folder of the model to be replaced: models/<name>"
+        )
+    if base is None:
+        return
+    if not settings.retrain:
+        raise ConvoyError(f"--base {base} is for --retrain: give that too, or leave both out")
+    if folder.resolve() != base.resolve():
+        raise ConvoyError(
+            f"--base {base} and {folder}, which --models and --name tell, are not the same: --base "
+            "alone says which model it is"
+        )
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Holds the model in `folder`, made if need be, against other retrainings, while it lasts; that of a
+    process that was killed is free at once. Raises ConvoyError where another holds it.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConvoyError(f"{path} can't be made: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConvoyError(
+                f"{folder} is being retrained already, by {os.read(file, 500).decode(errors='replace')}: "
+                "wait for its end"
+            ) from None
+        except OSError as error:
+            raise ConvoyError(f"{path} can't be locked: {error.strerror}") from error
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}".encode()
+        os.pwrite(file, holder, 0)
+        os.ftruncate(file, len(holder))
+        # Triton, where it polls, would take a newer file for a changed model, and load it again.
+        with contextlib.suppress(PermissionError):
+            os.utime(file, (0, 0))
+        yield
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Has SIGTERM, by which schedulers end jobs, raise SystemExit, so that what came of it is told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _trained_with(settings: Mapping[str, Any]) -> str:
+    """Those that decide what is trained, comparable; those of an older Convoy, which has fewer, too."""
+    defaults = {
+        setting.name: setting.default
+        for setting in fields(TrainingSettings)
+        if setting.default is not MISSING
+        and setting.name not in _AROUND | _SEEN_IN_DATA | _NOT_TRAINED
+    }
+    known = {name: settings.get(name, default) for name, default in defaults.items()}
+    return json.dumps(known, default=str, sort_keys=True)
+
+
+def _memory(folder: Path) -> list[dict[str, Any]]:
+    """What was tried before in vain; nothing where that is not known."""
+    try:
+        found = json.loads((folder / MEMORY).read_bytes())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        log.warning("%s: %s; what was tried before is forgotten", folder / MEMORY, error)
+        return []
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def _total(data: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(split["count"] for split in data.values())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, for JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is no JSON")
+
+
+def _written(setting: str, path: Path, write: Callable[[Path], None]) -> None:
+    """A record that can't be written is no reason to lose what it would have said."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        log.warning("%s %s: %s; it was not written", setting, path, error.strerror or error)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Readers see the old file or the new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _write_metrics(path: Path, outcome: _Outcome, version: int | None) -> None:
+    """What Prometheus' node exporter shows of the last run. Raises OSError."""
+    registry = CollectorRegistry()
+
+    def gauge(name: str, what: str, *labels: str) -> Gauge:
+        return Gauge(f"convoy_train_{name}", what, ["model", *labels], registry=registry)
+
+    now, model = time.time(), outcome.model
+    gauge("last_run_timestamp_seconds", "When the last run ended.").labels(model).set(now)
+    success = now if outcome.status != "failed" else _last_success(path, model)
+    if success is not None:
+        gauge(
+            "last_success_timestamp_seconds",
+            "When the last run ended that did not fail, whether it published or had no reason to.",
+        ).labels(model).set(success)
+    status = gauge("last_run_status", "1 for how the last run ended.", "status")
+    for each in EXIT:
+        status.labels(model, each).set(each == outcome.status)
+    gauge("last_run_duration_seconds", "How long the last run took.").labels(model).set(
+        outcome.seconds
+    )
+    if outcome.accuracy:
+        gauge(
+            "accuracy_ratio", "Share of test images that what the last run trained has right."
+        ).labels(model).set(outcome.accuracy["value"])
+    if version is not None:
+        gauge("published_version", "The newest version of the model.").labels(model).set(version)
+    images = gauge("images", "Images that the last run found.", "split")
+    for name, split in outcome.data.items():
+        images.labels(model, name).set(split["count"])
+    write_to_textfile(str(path), registry)
+
+
+def _last_success(path: Path, model: str) -> float | None:
+    """What the file says, which is of the run before."""
+    try:
+        for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
+            for sample in family.samples:
+                wanted = ("convoy_train_last_success_timestamp_seconds", model)
+                if (sample.name, sample.labels.get("model")) == wanted:
+                    return float(sample.value)
+    # Whatever stands there, it is written anew.
+    except (OSError, ValueError):
+        pass
+    return None
