@@ -192,6 +192,14 @@ class _Job:
             self._holds_against(found[0] if found else None)
             if found:
                 self._look_for_news(found[0], folder)
+            elif bundles.versions(folder):
+                # Its settings are lost, and what it could do.
+                raise ConvoyError(
+                    f"no version in {folder} proves itself, to be held against: mend it, or move all "
+                    "away for a first training"
+                )
+            else:
+                self.console.print(f"{folder} has no version yet: this is its first training")
         if not self._chief:
             return
         name = f"{data.name}-{self.outcome.started.replace(':', '')}"
@@ -335,7 +343,7 @@ class _Job:
     def _last_words(
         self,
     ) -> tuple[Literal["FINISHED", "FAILED", "KILLED"], dict[str, str], list[Path]]:
-        tags = {"status": self.outcome.status}
+        tags: dict[str, str] = {"status": self.outcome.status}
         if bundle := self._published:
             tags |= {"version": str(bundle.version), "sha256": bundle.sha256}
             files = [bundle.folder / bundles.MANIFEST]

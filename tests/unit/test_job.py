@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from convoy.__main__ import app
 from service import bundle as bundles
 from service.bundle import Bundle, Golden, Manifest, Scores, Variant
 from service.errors import ConvoyError
@@ -450,6 +451,88 @@ def test_settings_that_contradict_each_other_are_refused_and_told(
 def test_the_settings_that_do_not_count_are_settings() -> None:
     known = {each.name for each in fields(TrainingSettings)}
     assert known >= job._AROUND | job._SEEN_IN_DATA | job._NOT_TRAINED
+
+
+def test_where_no_version_is_whole_nothing_is_published(settings: TrainingSettings) -> None:
+    folder = settings.models / "pets"
+    assert train(settings, Line()) == 0
+    (folder / "1" / "model.onnx").write_bytes(b"")
+    line = Line()
+    with pytest.raises(ConvoyError, match=r"no version in .* proves itself"):
+        train(settings, line)
+    assert line.trained == 0
+
+
+# The settings of what serves.
+
+STORY = {
+    "epochs": 7, "filters": [8, 16], "variants": [], "flip": True, "dropout": 0.25, "data": "pets.csv",
+    "image_size": 0, "channels": 0, "weights": None, "min_accuracy": 0.5, "compare": False,
+    "checkpoints": "elsewhere", "warm_start": True, "name": "other", "gone_since": 3,
+}  # fmt: skip
+
+
+def parsed(*arguments: str | Path) -> TrainingSettings:
+    _, bound, _ = app.parse_args(
+        ["train", *map(str, arguments)], exit_on_error=False, print_error=False
+    )
+    settings: TrainingSettings = bound.arguments.get("settings", TrainingSettings())
+    return settings
+
+
+def test_the_settings_of_what_serves_are_taken_over(tmp_path: Path) -> None:
+    base = tmp_path / "pets"
+    version(base, {"settings": {"epochs": 99}})
+    version(base, {"settings": STORY})
+    (base / "3").mkdir()  # a broken one is passed over
+    assert parsed("--retrain", "--base", base) == TrainingSettings(
+        models=tmp_path, name="pets", base=base, retrain=True, epochs=7, filters=(8, 16), variants=(),
+        flip=True, dropout=0.25, data="pets.csv", min_accuracy=0.5, image_size=4, channels=3,
+        resize="crop",
+    )  # fmt: skip
+
+
+def test_flags_the_environment_and_a_named_recipe_go_before_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, recipe = tmp_path / "pets", tmp_path / "recipe.toml"
+    version(base, {"settings": STORY})
+    recipe.write_text("dropout = 0.75\nepochs = 2\nbatch_size = 5\n")
+    monkeypatch.setenv("CONVOY_FILTERS", "4 8")
+    found = parsed(
+        "--retrain", "--base", base, "--recipe", recipe, "--epochs", "3", "--no-flip", "--data", "x"
+    )
+    assert (found.epochs, found.dropout, found.batch_size) == (3, 0.75, 5)
+    assert (found.filters, found.flip, found.data) == ((4, 8), False, "x")
+    assert (found.variants, found.min_accuracy) == ((), 0.5)
+    assert (found.image_size, found.channels) == (4, 3)
+
+
+def test_a_first_training_is_by_the_recipe_for_its_data(tmp_path: Path) -> None:
+    digits = parsed("--retrain", "--base", tmp_path / "digits")
+    assert (digits.models, digits.name, digits.epochs) == (tmp_path, "digits", 40)
+    folder = parsed("--retrain", "--base", tmp_path / "pets", "--data", "x")
+    assert (folder.name, folder.epochs, folder.shift) == ("pets", 20, 2)
+
+
+def test_of_a_model_from_elsewhere_the_size_is_taken_over(tmp_path: Path) -> None:
+    base = tmp_path / "pets"
+    version(base, {})
+    found = parsed("--retrain", "--base", base, "--data", "x")
+    assert (found.image_size, found.channels, found.resize) == (4, 3, "crop")
+    assert (found.epochs, found.shift) == (20, 2)
+
+
+def test_another_name_beside_the_base_is_not_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = parsed("--retrain", "--base", "models/pets", "--name", "dogs")
+    with pytest.raises(ConvoyError, match="are not the same"):
+        train(found, Line())
+    assert train(parsed("--retrain", "--base", "models/pets/", "--data", "x"), Line()) == 0
+    monkeypatch.chdir("models/pets")
+    assert train(parsed("--retrain", "--base", "."), Line()) == 4
 
 
 # One at a time.
