@@ -43,7 +43,7 @@ def test_pixels_are_brought_to_a_mean_of_0_and_a_deviation_of_1() -> None:
     scaling = next(layer for layer in built.layers if isinstance(layer, keras.layers.Rescaling))
     normalised = data.train.inputs.astype(np.float64) * scaling.scale + scaling.offset
     assert abs(normalised.mean()) < 0.02
-    assert 0.8 < normalised.std() < 1.4
+    assert 0.7 < normalised.std() < 1.5
 
 
 @pytest.mark.parametrize("settings", [BASIC, STRONG], ids=["basic", "strong"])
@@ -99,6 +99,8 @@ def test_what_can_not_be_built_is_said(settings: TrainingSettings, said: str) ->
         network.build(dataset(), settings)
 
 
+# Keras has not yet followed numpy.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 def test_a_backbone_takes_weights_from_a_file_with_or_without_its_head(tmp_path: Path) -> None:
     data = dataset(4, (32, 32, 3))
     settings = TrainingSettings(network="MobileNetV2", frozen=True)
@@ -160,13 +162,22 @@ def test_flips_alternate_from_epoch_to_epoch() -> None:
     assert np.array_equal(first, third)
 
 
-def test_a_turn_by_a_right_angle_turns_about_the_centre() -> None:
-    how = fit.draw(TrainingSettings(rotate=90), (5, 5), 1, 0).how
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 5, 5, 3), np.uint8)
-    matrix = np.array([[0, -1, 4, 1, 0, 0, 0, 0]], np.float32)
-    assert how["matrix"].shape == matrix.shape
-    turned = fit.augment(tf.constant(pixels), {"matrix": matrix}, tf.zeros(3), whole=False)
-    assert np.array_equal(turned.numpy()[0].round(), np.rot90(pixels[0], -1))
+def test_turns_and_scales_are_about_the_centre() -> None:
+    matrix = fit.draw(TrainingSettings(rotate=30, zoom=0.1), (9, 7), 200, 0).how["matrix"]
+    linear = np.stack([matrix[:, 0:2], matrix[:, 3:5]], axis=1)
+    centre = np.array([3, 4])
+    moved = linear @ centre + matrix[:, [2, 5]]
+    np.testing.assert_allclose(moved, np.tile(centre, (200, 1)), atol=1e-5)
+    scale = np.sqrt(np.linalg.det(linear))
+    assert 0.88 < scale.min() < 0.93
+    assert 1.08 < scale.max() < 1.13
+    turned = linear / scale[:, np.newaxis, np.newaxis]
+    np.testing.assert_allclose(
+        turned @ turned.transpose(0, 2, 1), np.tile(np.eye(2), (200, 1, 1)), atol=1e-5
+    )
+    degrees = np.degrees(np.arcsin(turned[:, 1, 0]))
+    assert -30 < degrees.min() < -25
+    assert 25 < degrees.max() < 30
 
 
 def test_what_is_cut_out_is_a_square_of_the_mean() -> None:
