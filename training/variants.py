@@ -85,7 +85,7 @@ def fp16(data: bytes) -> bytes:
     """
     model = onnx.load_model_from_string(data)
     _name_nodes(model.graph)
-    _check_range(model.graph)
+    _check_range(model.graph, "leave float16 out")
     head = _head(model)
     exact = head and (head.scale == 1).all() and (head.shift == head.shift.round()).all()
     apart = [node.name for node in head.nodes] if head and not exact else []
@@ -108,7 +108,7 @@ def store_halves(data: bytes) -> bytes:
     """
     model = onnx.load_model_from_string(data)
     graph = model.graph
-    _check_range(graph)
+    _check_range(graph, "store weights in float32")
     for tensor in graph.initializer:
         # What has one axis is little, and added to much.
         if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
@@ -302,7 +302,10 @@ def _take_bytes(model: ModelProto) -> _Entry | None:
     quantised input. None where the graph does not begin with a mean between black and white.
     """
     graph, head = model.graph, _head(model)
-    if not head or not (0 <= (zero := round(float(-head.shift.mean()))) <= 255):
+    if not head or (head.scale != 1).any():
+        return None
+    zero = round(float(-head.shift.mean()))
+    if not 0 <= zero <= 255:
         return None
     convolution, constants = head.convolution, _constants(graph)
     # What the whole number is off is in the bias; but not where the convolution sees its padding.
@@ -484,7 +487,8 @@ def _drop_halving(graph: GraphProto) -> None:
             graph.node.remove(up)
 
 
-def _check_range(graph: GraphProto) -> None:
+def _check_range(graph: GraphProto, otherwise: str) -> None:
+    """Raises ConvoyError where a constant is beyond half precision; `otherwise` is the way out."""
     for name, values in _constants(graph).items():
         if values.dtype != np.float32 or not values.size:
             continue
@@ -492,8 +496,7 @@ def _check_range(graph: GraphProto) -> None:
         # Not `largest > ...`: that is False for NaN.
         if not largest <= _LARGEST_HALF:
             raise ConvoyError(
-                f"{name} holds {largest:.3g}, and float16 ends at {_LARGEST_HALF:.0f}: "
-                "leave fp16 out of --variants"
+                f"{name} holds {largest:.3g}, and float16 ends at {_LARGEST_HALF:.0f}: {otherwise}"
             )
 
 
@@ -555,7 +558,7 @@ def _add(graph: GraphProto, name: str, values: npt.NDArray[Any]) -> str:
 
 
 def _free_name(graph: GraphProto, wanted: str) -> str:
-    taken = {value.name for value in (*graph.input, *graph.initializer)}
+    taken = {value.name for value in graph.input} | set(_constants(graph))
     taken.update(name for node in graph.node for name in (node.name, *node.output))
     while wanted in taken:
         wanted += "_"
