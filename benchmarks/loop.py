@@ -1,6 +1,6 @@
 """How fast the training loop is beside Keras' own, and what a recipe costs.
 
-python benchmarks/training.py loop [--rounds 3] [--seconds 20]
+python benchmarks/loop.py loop [--rounds 3] [--seconds 20]
 
 `loop`: images a second of `training.fit` over those of Keras' `fit` with the same network, optimiser
 and augmentation (flips and shifts, by Keras' own layers in a tf.data pipeline), both in float32; and of
