@@ -62,6 +62,9 @@ def predict(serve: Any) -> Predict:
 def to_onnx(serve: Any) -> bytes:
     """The ONNX file of a `serving_function`, its batch axis free."""
     model, _ = tf2onnx.convert.from_function(serve, serve.input_signature, opset=OPSET)
+    # It holds how many functions TensorFlow had made before, so that the same network would have
+    # another file after a run that was killed.
+    model.graph.ClearField("doc_string")
     # Constants from outside of layers, such as the means that a backbone's preprocessing takes away,
     # come out as inputs.
     traced = serve.get_concrete_function()
