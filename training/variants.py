@@ -122,7 +122,6 @@ def store_halves(data: bytes) -> bytes:
 
 def _optimised(model: ModelProto) -> ModelProto:
     """What ONNX Runtime's basic passes leave of it."""
-    _tidy(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -130,6 +129,7 @@ def _optimised(model: ModelProto) -> ModelProto:
         file = Path(folder) / "model.onnx"
         options.optimized_model_filepath = str(file)
         try:
+            _tidy(model)
             graph = model.SerializeToString()
             ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         # ONNX Runtime raises classes of its own that share no base but Exception.
