@@ -1,6 +1,10 @@
 """Convoy on a card: what ONNX Runtime does there by itself, what each option gives, what is left.
 
-python benchmarks/gpu.py [figure ...] [--device cuda] [--seconds 2] [--json FILE]
+python benchmarks/gpu.py [figure ...] [--device cuda] [--networks cnn] [--photos FOLDER] [--seconds 2] [--json FILE]
+
+options   one network with one set of options: best rate, first runs, memory, two batches at once
+feeding   what the CPU does for each image: decoding, by threads and by processes; copying
+service   Convoy over ONNX Runtime alone
 
 Needs no TensorFlow: the networks have random weights (benchmarks/networks.py). With `--device cpu` it
 runs without a card, as far as that goes.
@@ -8,45 +12,77 @@ runs without a card, as far as that goes.
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import load
 import networks
 import numpy as np
 
 CACHE = load.ROOT / ".cache" / "gpu"
-NETWORKS = {"cnn": networks.cnn, "resnet50": networks.resnet50}
-LARGEST = {"cnn": 256, "resnet50": 64}
-
-# What is compared: a name, the variant of the network, and the provider's options.
-OPTIONS: dict[str, tuple[str, dict[str, str]]] = {
-    "as served (HEURISTIC)": ("", {}),
-    "EXHAUSTIVE": ("", {"cudnn_conv_algo_search": "EXHAUSTIVE"}),
-    "kNextPowerOfTwo": ("", {"arena_extend_strategy": "kNextPowerOfTwo"}),
-    "without TF32": ("", {"use_tf32": "0"}),
-    "prefer_nhwc": ("", {"prefer_nhwc": "1"}),
-    "fp16": (".fp16", {}),
-    "fp16, prefer_nhwc": (".fp16", {"prefer_nhwc": "1"}),
-    "fp16, prefer_nhwc, EXHAUSTIVE": (
-        ".fp16", {"prefer_nhwc": "1", "cudnn_conv_algo_search": "EXHAUSTIVE"},
-    ),
-}  # fmt: skip
 
 
-def one(file: str, device: str, largest: int, options: dict[str, str], seconds: float) -> Any:
+class Network(NamedTuple):
+    make: Callable[[], bytes]
+    shape: tuple[int, int, int]
+    largest: int
+
+
+NETWORKS = {
+    "cnn": Network(networks.cnn, (28, 28, 1), 256),
+    "resnet50": Network(networks.resnet50, (224, 224, 3), 64),
+}
+
+
+class Trial(NamedTuple):
+    """What is compared: a network in a precision, CUDA's options, and how it is run."""
+
+    variant: str = "fp32"
+    options: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
+    graphs: bool = False
+    memory_mb: float = 0.0
+    # In place of the one asked for, where that is a card.
+    device: str = ""
+
+
+_NHWC, _EXHAUSTIVE = {"prefer_nhwc": "1"}, {"cudnn_conv_algo_search": "EXHAUSTIVE"}
+TRIALS = {
+    "as served (HEURISTIC)": Trial(),
+    "EXHAUSTIVE": Trial(options=_EXHAUSTIVE),
+    "kNextPowerOfTwo": Trial(options={"arena_extend_strategy": "kNextPowerOfTwo"}),
+    "at most 2 GB": Trial(memory_mb=2000),
+    "without TF32": Trial(options={"use_tf32": "0"}),
+    "prefer_nhwc": Trial(options=_NHWC),
+    "CUDA graphs": Trial(graphs=True),
+    "TensorRT": Trial(device="tensorrt"),
+    "fp16": Trial("fp16"),
+    "fp16, prefer_nhwc": Trial("fp16", _NHWC),
+    "fp16, prefer_nhwc, EXHAUSTIVE": Trial("fp16", {**_NHWC, **_EXHAUSTIVE}),
+    "fp16, CUDA graphs": Trial("fp16", graphs=True),
+    "fp16, TensorRT": Trial("fp16", device="tensorrt"),
+}
+
+
+def file_of(name: str, variant: str) -> Path:
+    return CACHE / (f"{name}.onnx" if variant == "fp32" else f"{name}.{variant}.onnx")
+
+
+def one(name: str, device: str, trial: Trial, seconds: float) -> Any:
     """One network with one set of options, in a process of its own: each size's first run, its
-    steady one, and memory.
+    steady one, two batches at once, and memory.
     """
     from service import device as devices
     from service import gpu
     from service.model import Model
 
-    devices._CUDA_OPTIONS.update(options)
+    network = NETWORKS[name]
+    devices._CUDA_OPTIONS.update(trial.options)
     nvml = gpu.nvml()
 
     def used_mb() -> float:
@@ -56,12 +92,14 @@ def one(file: str, device: str, largest: int, options: dict[str, str], seconds: 
 
     before = used_mb()
     began = time.perf_counter()
-    model = Model(Path(file).read_bytes(), device)
+    shape = (network.largest, *network.shape)
+    card = devices.Card(trial.memory_mb, trial.graphs, trial.variant, "pixels", shape)
+    model = Model(file_of(name, trial.variant).read_bytes(), device, card=card)
     loaded_s = time.perf_counter() - began
-    sizes = devices.buckets(largest)
+    sizes = devices.buckets(network.largest)
     rng = np.random.default_rng(0)
     classes = model.run(np.zeros((1, *model.shape), np.uint8)).shape[1]
-    model.bind(sizes, classes)
+    model.bind(sizes, classes, lanes=2)
     first, steady = {}, {}
     for size in sizes:
         buffer = model.buffer(size)
@@ -74,6 +112,26 @@ def one(file: str, device: str, largest: int, options: dict[str, str], seconds: 
             model.run(buffer)
             times.append(time.perf_counter() - began)
         first[size], steady[size] = times[0], float(np.median(times[5:]))
+
+    def rate(lanes: int) -> float:
+        """Images/s in the largest batches, so many at once."""
+        buffers = [model.buffer(network.largest, lane) for lane in range(lanes)]
+        ends = time.perf_counter() + seconds / 2
+
+        def run(buffer: Any) -> int:
+            done = 0
+            while time.perf_counter() < ends or not done:
+                model.run(buffer)
+                done += network.largest
+            return done
+
+        with ThreadPoolExecutor(lanes) as pool:
+            list(pool.map(model.run, buffers))  # the second lane's first run
+            began = time.perf_counter()
+            ends = began + seconds / 2
+            return sum(pool.map(run, buffers)) / (time.perf_counter() - began)
+
+    at_once = {lanes: rate(lanes) for lanes in range(1, model.lanes + 1)}
     warm = used_mb()
     # After that no size may be cold, and no memory may be asked for.
     again = {}
@@ -89,16 +147,31 @@ def one(file: str, device: str, largest: int, options: dict[str, str], seconds: 
         "steady_ms": {size: 1e3 * each for size, each in steady.items()},
         "worst_again": max(again[size] / steady[size] for size in sizes),
         "images_per_s": {size: size / each for size, each in steady.items()},
+        "batches_at_once": at_once,
         "memory_mb": warm - before,
         "growth_mb": used_mb() - warm,
     }
 
 
+def decoded(files: list[bytes], seconds: float) -> tuple[int, float]:
+    """How many of them were decoded in that time, and the seconds of CPU that took this thread."""
+    from service import images
+
+    target, done = images.Target(224, 224, 3), 0
+    for data in files:
+        images.decode(data, target)
+    began, ends = time.thread_time(), time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        images.decode(files[done % len(files)], target)
+        done += 1
+    return done, time.thread_time() - began
+
+
 class Bench:
-    def __init__(self, device: str, seconds: float) -> None:
-        self.device, self.seconds = device, seconds
+    def __init__(self, device: str, names: list[str], photos: Path | None, seconds: float) -> None:
+        self.device, self.seconds, self.photos = device, seconds, photos
+        self.names = names or list(NETWORKS)
         self.results: dict[str, Any] = {}
-        self._files()
 
     def _files(self) -> None:
         """The networks, and versions of them to serve."""
@@ -108,19 +181,19 @@ class Bench:
         if (CACHE / "models" / "resnet50").exists():
             return
         (CACHE / "models").mkdir(parents=True, exist_ok=True)
-        for name, make in NETWORKS.items():
-            data = make()
-            file = CACHE / f"{name}.onnx"
+        for name, network in NETWORKS.items():
+            data = network.make()
+            file, half = file_of(name, "fp32"), file_of(name, "fp16")
             file.write_bytes(data)
-            half = CACHE / f"{name}.fp16.onnx"
             half.write_bytes(networks.float16(data))
             for served, source in ((name, file), (f"{name}-fp16", half)):
-                settings = AddSettings(models=CACHE / "models", max_batch_size=LARGEST[name])
+                settings = AddSettings(models=CACHE / "models", max_batch_size=network.largest)
                 add(served, source, settings)
 
-    def _one(self, name: str, variant: str, options: dict[str, str]) -> Any:
-        command = [sys.executable, __file__, "one", str(CACHE / f"{name}{variant}.onnx")]
-        command += [self.device, str(LARGEST[name]), json.dumps(options), str(self.seconds)]
+    def _one(self, name: str, trial: Trial) -> Any:
+        device = self.device if self.device == "cpu" else trial.device or self.device
+        command = [sys.executable, __file__, "one", name, device]
+        command += [json.dumps(trial), str(self.seconds)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             return {"error": (done.stderr.strip().splitlines() or ["nothing said"])[-1]}
@@ -128,9 +201,13 @@ class Bench:
 
     def options(self) -> None:
         """The table of provider options."""
-        for name in NETWORKS:
-            for label, (variant, options) in OPTIONS.items():
-                found = self._one(name, variant, options)
+        self._files()
+        for name in self.names:
+            for label, trial in TRIALS.items():
+                # A CPU has none of the others.
+                if self.device == "cpu" and trial not in (Trial(), Trial("fp16")):
+                    continue
+                found = self._one(name, trial)
                 self.results[f"{name}, {label}"] = found
                 if "error" in found:
                     print(f"{name:9} {label:30} failed: {found['error'][:90]}", flush=True)
@@ -138,17 +215,24 @@ class Bench:
                 rates = {int(size): rate for size, rate in found["images_per_s"].items()}
                 best = max(rates, key=lambda size: rates[size])
                 first = max(found["first_ms"].values())
+                together = list(found["batches_at_once"].values())
                 print(
                     f"{name:9} {label:30} {found['device']:7} best {rates[best]:9.0f} images/s at "
-                    f"{best:3}, at 1 {rates[1]:7.0f}, first run {first:7.0f} ms at most, later "
+                    f"{best:3}, at 1 {rates[1]:7.0f}, two batches at once "
+                    f"{together[-1] / together[0]:4.2f} x one, first run {first:7.0f} ms at most, later "
                     f"{found['worst_again']:4.2f} x steady at most, {found['memory_mb']:6.0f} MB, "
                     f"then {found['growth_mb']:+.0f}",
                     flush=True,
                 )
 
     @contextlib.contextmanager
-    def _server(self, *arguments: str) -> Iterator[load.Running]:
-        command = [*load.CONVOY, "serve", "--models", str(CACHE / "models"), "--host", "127.0.0.1"]
+    def _server(self, served: str, *arguments: str) -> Iterator[load.Running]:
+        # Only this one: to get all warm takes minutes.
+        folder = CACHE / "served" / served
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (folder / served).symlink_to(CACHE / "models" / served)
+        command = [*load.CONVOY, "serve", "--models", str(folder), "--host", "127.0.0.1"]
         command += ["--port", "0", "--metrics-port", "0", "--shutdown-delay-s", "0"]
         command += ["--device", self.device, *arguments]
         server = load.Running(command, r"ready in .* gRPC on \S+:(\d+),", core="")
@@ -157,20 +241,69 @@ class Bench:
         finally:
             server.stop()
 
+    def feeding(self) -> None:
+        """What the CPU does for each image of 224x224, by core: decoding a JPEG, in threads of one
+        process and in processes, as acceptors are; putting the pixels of a batch together.
+        """
+        from convoy.bench.payloads import random_jpeg
+
+        if self.photos:
+            files = [path.read_bytes() for path in sorted(self.photos.glob("*.jp*g"))]
+            kind = f"{len(files)} photographs"
+        else:
+            rng = np.random.default_rng(0)
+            files = [random_jpeg(rng, 500, 375) for _ in range(8)]
+            kind = "made pictures of 500x375"
+        kind += f", {sum(map(len, files)) / len(files) / 1000:.0f} kB on average"
+        cores = len(os.sched_getaffinity(0))
+        counts = sorted({1, 2, *(1 << n for n in range(2, cores.bit_length())), cores} - {0})
+        pools = {"threads": ThreadPoolExecutor, "processes": ProcessPoolExecutor}
+        for label, pool in pools.items():
+            for count in (count for count in counts if count <= cores):
+                with pool(count) as workers:
+                    began = time.perf_counter()
+                    jobs = [workers.submit(decoded, files, self.seconds) for _ in range(count)]
+                    found = [job.result() for job in jobs]
+                    seconds = max(self.seconds, 1e-9)
+                    wall_s = time.perf_counter() - began
+                images, cpu_s = sum(n for n, _ in found), sum(cpu for _, cpu in found)
+                self.results[f"decoding, {count} {label}"] = {
+                    "files": kind, "images_per_s": images / seconds,
+                    "images_per_cpu_s": images / cpu_s, "wall_s": wall_s,
+                }  # fmt: skip
+                print(
+                    f"decoding {kind}: {count} {label}: {images / seconds:6.0f} images/s, "
+                    f"{images / cpu_s:6.0f} for a second of CPU",
+                    flush=True,
+                )
+        rows = np.random.default_rng(0).integers(0, 256, (64, 1, 224, 224, 3), np.uint8)
+        batch = np.zeros((64, 224, 224, 3), np.uint8)
+        done, began, ends = 0, time.thread_time(), time.perf_counter() + self.seconds
+        while time.perf_counter() < ends:
+            for number, row in enumerate(rows):
+                batch[number : number + 1] = row
+            done += len(rows)
+        rate = done / (time.thread_time() - began)
+        self.results["copying"] = {"images_per_cpu_s": rate}
+        print(f"copying 64 images of 224x224x3 into a batch: {rate:.0f} for a second of CPU")
+
     def service(self) -> None:
         """The service over ONNX Runtime alone: many images a request, and one, within 15 ms."""
-        topologies = {
+        self._files()
+        topologies: dict[str, tuple[str, ...]] = {
             "one process": (),
             "4 acceptors, 1 engine": ("--acceptors", "4", "--engines", "1"),
             "8 acceptors, 1 engine": ("--acceptors", "8", "--engines", "1"),
         }
-        for name, variant in ((n, v) for n in NETWORKS for v in ("", ".fp16")):
-            served = name + variant.replace(".", "-")
-            raw = self._one(name, variant, {})
+        if self.device != "cpu":
+            topologies["one process, CUDA graphs"] = ("--cuda-graphs",)
+        for name, variant in ((n, v) for n in self.names for v in ("fp32", "fp16")):
+            served = name if variant == "fp32" else f"{name}-{variant}"
+            raw = self._one(name, Trial(variant))
             best = max(raw["images_per_s"].values())
             print(f"{served}: ONNX Runtime alone {best:.0f} images/s", flush=True)
             for label, arguments in topologies.items():
-                with self._server(*arguments) as server:
+                with self._server(served, *arguments) as server:
                     times = ("--duration-s", str(self.seconds), "--warmup-s", "1")
                     common = ("--model", served, "--connections", "8", *times)
                     many = load.bench(
@@ -195,7 +328,7 @@ class Bench:
                     "raw": best, "32_images": many["images_per_s"], "1_image_15_ms": within,
                 }  # fmt: skip
                 print(
-                    f"  {label:22} 32 images a request {many['images_per_s']:9.0f} "
+                    f"  {label:24} 32 images a request {many['images_per_s']:9.0f} "
                     f"({many['images_per_s'] / best:.2f}; >= 0.9), 1 image at p99 <= 15 ms "
                     f"{within:9.0f} ({within / best:.2f}; >= 0.8 for ResNet-50)",
                     flush=True,
@@ -204,12 +337,20 @@ class Bench:
 
 def main() -> int:
     if sys.argv[1:2] == ["one"]:
-        file, device, largest, options, seconds = sys.argv[2:7]
-        print(json.dumps(one(file, device, int(largest), json.loads(options), float(seconds))))
+        name, device, trial, seconds = sys.argv[2:6]
+        print(json.dumps(one(name, device, Trial(*json.loads(trial)), float(seconds))))
         return 0
-    figures = ("options", "service")
-    arguments = load.command_line(__doc__ or "", figures, "--device", default="cuda")
-    made = Bench(arguments.device, arguments.seconds)
+    figures = ("options", "feeding", "service")
+    arguments = load.command_line(
+        __doc__ or "",
+        figures,
+        {
+            "--device": {"default": "cuda"},
+            "--networks": {"nargs": "*", "choices": list(NETWORKS)},
+            "--photos": {"type": Path, "help": "folder of JPEG files to decode"},
+        },
+    )
+    made = Bench(arguments.device, arguments.networks, arguments.photos, arguments.seconds)
     for name in arguments.figures or figures:
         getattr(made, name)()
         if arguments.json:

@@ -502,14 +502,15 @@ def make_models() -> None:
 
 
 def command_line(
-    description: str, figures: tuple[str, ...], flag: str, **details: Any
+    description: str, figures: tuple[str, ...], flags: dict[str, dict[str, Any]]
 ) -> argparse.Namespace:
-    """What was asked for: some of `figures`, all that all benchmarks take, and one `flag` more."""
+    """What was asked for: some of `figures`, all that all benchmarks take, and `flags` of its own."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("figures", nargs="*", metavar="figure", help=f"of {', '.join(figures)}")
-    parser.add_argument(flag, **details)
+    for flag, details in flags.items():
+        parser.add_argument(flag, **details)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -527,7 +528,7 @@ def main() -> int:
         empty_server(sys.argv[2])
         return 0
     figures = ("batches", "singles", "fronts", "resnet", "goodput", "tail", "cores", "soak")
-    arguments = command_line(__doc__ or "", figures, "--rounds", type=int, default=3)
+    arguments = command_line(__doc__ or "", figures, {"--rounds": {"type": int, "default": 3}})
     make_models()
     made = Bench(arguments.rounds, arguments.seconds)
     # The soak takes its time: it is run where it is asked for.

@@ -312,13 +312,21 @@ def test_an_unforeseen_error_in_one_version_stops_no_other(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(gpu.count() > 0, reason="this machine has a card")
-@pytest.mark.parametrize("topology", [(), ("--acceptors", "1", "--engines", "1")])
-def test_cuda_that_is_not_there_ends_it_with_the_reason(
-    models: Path, topology: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("device", "arguments"),
+    [
+        ("cuda", ()),
+        ("cuda:1", ("--cuda-graphs", "--variant", "fastest")),
+        ("tensorrt", ()),
+        ("cuda", ("--acceptors", "1", "--engines", "1")),
+    ],
+)
+def test_a_card_that_is_not_there_ends_it_with_the_reason(
+    models: Path, device: str, arguments: tuple[str, ...]
 ) -> None:
-    with contextlib.closing(Server("--device", "cuda", *topology, models=models)) as server:
+    with contextlib.closing(Server("--device", device, *arguments, models=models)) as server:
         assert server.wait() == 1
-        assert "device cuda" in server.log
+        assert f"device {device}" in server.log
         assert "is not to be had" in server.log
         assert "Traceback" not in server.log
 
