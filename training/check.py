@@ -559,7 +559,7 @@ def _copies(
         [pair.one, pair.other] for pair in likenesses if labels[pair.one] != labels[pair.other]
     ]
     yield from finding(
-        "warning",
+        "note" if alike else "warning",
         "near-two-labels",
         f"{len(mixed)} pairs of images are nearly the same, under two labels",
         "look at them: is one label wrong?",

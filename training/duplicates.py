@@ -8,6 +8,7 @@ by a pixel (95%), mirrored (all).
 """
 
 from collections.abc import Callable
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from training.data import Track, in_threads
 _RADIUS = 12
 # Of more candidates for an image the closest are looked at: where images are alike by nature, as
 # drawings of digits are, it has hundreds.
-_CANDIDATES = 8
+_CANDIDATES = 4
 # How well the details of two images correlate (what is left without a blur of 5x5), and the images.
 # Without the former two clear skies would be the same. Of 100 pairs in CIFAR-10 that pass, looked at
 # by eye, one or two are different pictures.
@@ -37,7 +38,7 @@ _FREQUENCIES = sorted(((v, h) for v in range(9) for h in range(9)), key=lambda f
 # Mirrored, an image has the same but for the sign of those whose horizontal one is odd.
 _MIRRORED = np.packbits([h % 2 == 1 for _, h in _FREQUENCIES]).view(np.uint64)[0]
 _WAVES = np.cos(np.pi / 64 * np.outer(np.arange(9), 2 * np.arange(32) + 1)).astype(np.float32)
-_PART = 1024
+_PART = 256
 
 _Grey = npt.NDArray[np.float32]
 
@@ -89,32 +90,35 @@ def near(small: Callable[[int], Pixels], count: int, asked: int, track: Track) -
 
     in_threads(compare, range(len(candidates)), track, "comparing images")
     pairs = [pair for row in candidates for pair in row]
-    found = []
-    for start in range(0, len(pairs), _PART):
-        part_of = pairs[start : start + _PART]
-        one = grey[[pair.one for pair in part_of]].astype(np.float32)
-        other = grey[[pair.other for pair in part_of]].astype(np.float32)
-        flipped = [pair.mirrored for pair in part_of]
+    same = np.zeros(len(pairs), bool)
+
+    def verify(start: int) -> None:
+        part = pairs[start : start + _PART]
+        one = grey[[pair.one for pair in part]].astype(np.float32)
+        other = grey[[pair.other for pair in part]].astype(np.float32)
+        flipped = [pair.mirrored for pair in part]
         other[flipped] = other[flipped, :, ::-1]
-        found += [pair for pair, yes in zip(part_of, _same(one, other), strict=True) if yes]
-    return found
+        same[start : start + _PART] = _same(one, other)
+
+    in_threads(verify, range(0, len(pairs), _PART), track, "comparing copies")
+    return list(compress(pairs, same))
 
 
 def _same(one: _Grey, other: _Grey) -> npt.NDArray[np.bool_]:
     """Which images of `one` and of `other`, grey `[N, 32, 32]`, show the same, in whatever light."""
-    best = np.full(len(one), -1.0)
-    whole = np.zeros(len(one))
-    details = _detail(one)[:, 1:-1, 1:-1], _detail(other)
     # Cut or scaled otherwise, they may lie a pixel apart.
-    for down in range(3):
-        for right in range(3):
-            at = np.s_[:, down : down + 26, right : right + 26]
-            detail = _correlation(details[0], details[1][at])
-            better = detail > best
-            best[better] = detail[better]
-            image = _correlation(one[:, 3:-3, 3:-3], other[:, 2:-2, 2:-2][at])
-            whole[better] = image[better]
-    return (best >= _SAME_DETAIL) & (whole >= _SAME_IMAGE)
+    shifts = [
+        np.s_[:, down : down + 26, right : right + 26] for down in range(3) for right in range(3)
+    ]
+    detail, others = _detail(one)[:, 1:-1, 1:-1], _detail(other)
+    correlations = np.stack([_correlation(detail, others[shift]) for shift in shifts])
+    best = correlations.argmax(axis=0)
+    same: npt.NDArray[np.bool_] = correlations.max(axis=0) >= _SAME_DETAIL
+    for at in np.flatnonzero(same):
+        shifted = other[at : at + 1, 2:-2, 2:-2][shifts[best[at]]]
+        images = _correlation(one[at : at + 1, 3:-3, 3:-3], shifted - shifted.mean())
+        same[at] = images[0] >= _SAME_IMAGE
+    return same
 
 
 def _detail(grey: _Grey) -> _Grey:
@@ -127,11 +131,17 @@ def _detail(grey: _Grey) -> _Grey:
 
 
 def _correlation(one: _Grey, other: _Grey) -> _Grey:
-    """Of each of the first with its partner in the second, `[N]`."""
+    """Of each image of the first with its partner in the second, `[N]`."""
     one = one - one.mean((1, 2), keepdims=True)
-    other = other - other.mean((1, 2), keepdims=True)
-    products = [
-        np.einsum("nij,nij->n", a, b) for a, b in ((one, other), (one, one), (other, other))
-    ]
-    correlation: _Grey = products[0] / np.sqrt(np.maximum(products[1] * products[2], 1e-9))
+    size = one[0].size
+    # As the first has no mean, that of the second takes no part.
+    variance = _product(other, other) - other.sum((1, 2)) ** 2 / size
+    correlation: _Grey = _product(one, other) / np.sqrt(
+        np.maximum(_product(one, one) * variance, 1e-9)
+    )
     return correlation
+
+
+def _product(one: _Grey, other: _Grey) -> _Grey:
+    product: _Grey = np.einsum("nij,nij->n", one, other)
+    return product

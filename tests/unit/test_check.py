@@ -243,6 +243,10 @@ def test_images_that_are_alike_by_nature_are_no_errors(tmp_path: Path) -> None:
     report = look(tmp_path)
     assert "alike by nature" in only(report.findings, "test-near-train").advice
     assert "test-in-train" not in kinds(report.findings)
+    assert report.passed
+    assert {f.severity for f in report.findings if "copies" in f.kind or "labels" in f.kind} == {
+        "note"
+    }
 
 
 def test_flat_pictures_are_no_copies_of_one_another() -> None:
