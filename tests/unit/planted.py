@@ -32,8 +32,7 @@ def scaled(factor: float) -> Callable[[bytes], bytes]:
 
     def plant(graph: bytes) -> bytes:
         model = onnx.load_model_from_string(graph)
-        (cast,) = [node for node in model.graph.node if _source(model) in node.input]
-        assert cast.op_type == "Cast"
+        cast, *_ = [node for node in model.graph.node if node.op_type == "Cast"]
         _behind(model, cast.output[0], [("Mul", np.float32(factor), {})])
         return _saved(model)
 
@@ -119,11 +118,13 @@ def half_activations_overflow(graph: bytes) -> bytes:
 def _half(graph: bytes, factor: float) -> bytes:
     model = onnx.load_model_from_string(graph)
     tensors = {tensor.name: tensor for tensor in _weights(model)}
-    *_, last = [node for node in model.graph.node if node.op_type == "MatMul"]
-    tensor, sink = tensors[last.input[1]], last.output[0]
-    with np.errstate(over="ignore"):
-        values = (numpy_helper.to_array(tensor) * factor).astype(np.float16)
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    *_, last = [node for node in model.graph.node if node.op_type in {"MatMul", "Gemm"}]
+    sink = last.output[0]
+    for name in last.input[1:]:
+        tensor = tensors[name]
+        with np.errstate(over="ignore"):
+            values = (numpy_helper.to_array(tensor) * factor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     _behind(model, last.input[0], [("Cast", None, {"to": TensorProto.FLOAT16})])
     back = np.float32(1 / factor)
     _after(model, sink, [("Cast", None, {"to": TensorProto.FLOAT}), ("Mul", back, {})])
