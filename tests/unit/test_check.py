@@ -260,6 +260,20 @@ def test_flat_pictures_are_no_copies_of_one_another() -> None:
     assert near(lambda number: skies[number].astype(np.uint8), 200, 200, untracked) == []
 
 
+def test_pictures_that_share_their_lights_and_shades_alone_are_no_copies() -> None:
+    """Of the same hash, as before one backdrop: what is in front decides."""
+    chance = np.random.default_rng(0)
+    backdrop = chance.uniform(60, 190, (5, 5)).astype(np.float32)
+    smooth = np.asarray(Image.fromarray(backdrop).resize((32, 32), Image.Resampling.BICUBIC))
+    pictures = [
+        (smooth + chance.choice([-12, 12], (32, 32)))[..., None].clip(0, 255).astype(np.uint8)
+        for _ in range(30)
+    ]
+    pictures.append(pictures[3] // 2 + 40)
+    pairs = near(lambda number: pictures[number], 31, 31, untracked)
+    assert pairs == [(3, 30, False)]
+
+
 def test_the_first_of_a_pair_is_among_those_asked_about() -> None:
     def small(number: int) -> images.Pixels:
         pixels = np.asarray(crop(PLANTED[number % 6]).convert("RGB"))
