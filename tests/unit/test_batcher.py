@@ -1543,6 +1543,39 @@ def test_what_is_promised_holds_while_two_are_under_way() -> None:
     assert promised[1] >= device.now
 
 
+def test_a_bug_in_one_lane_ends_both_and_strands_nobody() -> None:
+    heard, gate, bugs = Heard(), Gate(), list[BaseException]()
+    memory = np.zeros((2, MAX, MAX, 4), np.uint8)
+    started = threading.Barrier(2)
+
+    def run(given: Rows) -> Outputs:
+        first = numbers(given)[0]
+        if first < 20:
+            started.wait(TIMEOUT_S)
+        if first == 10:
+            raise SystemExit
+        return gate(given)
+
+    batcher = on_a_thread(
+        run,
+        sizes=range(1, MAX + 1),
+        buffer=lambda size, lane: memory[lane, size - 1, :size],
+        lanes=2,
+        on_bug=bugs.append,
+    )
+    for n in (0, 10, 20):
+        batcher.submit(rows(*range(n, n + MAX)), heard.by(n))
+    gate.wait_until_busy()
+    gate.open()
+    batcher.close()
+    assert [type(bug) for bug in bugs] == [SystemExit]
+    assert isinstance(heard.endings[10], InferenceFailed)
+    # What the other lane has is finished; what waits is not begun any more, or was already.
+    assert heard.given(0) == outputs(0, 1, 2, 3).tolist()
+    assert set(heard.endings) == {0, 10, 20}
+    assert not any(thread.is_alive() for thread in batcher._threads)
+
+
 @pytest.mark.parametrize(("count", "bound_s"), [(1, 60.0), (8, 80.0), (32, 150.0)])
 @pytest.mark.parametrize("load", [2.0, 3.0])
 def test_goodput_is_kept_under_overload_with_two_lanes(
