@@ -31,16 +31,18 @@ def clean(data: bytes) -> bytes:
     """The same graph with less to do: the same names, the same answers up to rounding.
 
     What changes the order of axes is done to bytes, ahead of the cast to floats. The scale of pixels
-    goes into the weights of the first convolution. Max pooling goes behind what keeps the order of
-    values (a normalisation of positive scale, ReLU), which the convolution then takes up. ONNX
-    Runtime's basic passes, whose results are plain ONNX, do the rest: normalisations and biases
-    into convolutions, MatMul and Add to Gemm, constants, what does nothing.
+    goes into the weights of the first convolution, what logits are multiplied with (a temperature's
+    inverse) into those of the last layer. Max pooling goes behind what keeps the order of values (a
+    normalisation of positive scale, ReLU), which the convolution then takes up. ONNX Runtime's basic
+    passes, whose results are plain ONNX, do the rest: normalisations and biases into convolutions,
+    MatMul and Add to Gemm, constants, what does nothing.
 
     Raises ConvoyError where ONNX Runtime does not take the graph.
     """
     model = _optimised(onnx.load_model_from_string(data))
     _pixels_first(model)
     _pools_last(model.graph)
+    _scale_last(model.graph)
     return bytes(_optimised(model).SerializeToString())
 
 
@@ -285,6 +287,29 @@ def _keeps_order(node: NodeProto, value: str, constants: Constants) -> bool:
         return False
     everywhere = other.size == 1 or (other.ndim >= 3 and other.shape[-2:] == (1, 1))
     return everywhere and (node.op_type == "Add" or bool((other > 0).all()))
+
+
+def _scale_last(graph: GraphProto) -> None:
+    """Fully connected, times one number -> fully connected with other weights."""
+    constants = _constants(graph)
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in [node for node in graph.node if node.op_type == "Mul"]:
+        for source, by in (node.input, reversed(node.input)):
+            layer, factor = makers.get(source), constants.get(by)
+            if (
+                not layer
+                or layer.op_type != "Gemm"
+                or not _only_user(graph, source)
+                or factor is None
+                or factor.size != 1
+                or any(name not in constants for name in layer.input[1:])
+            ):
+                continue
+            for place, name in enumerate(layer.input[1:], 1):
+                layer.input[place] = _add(graph, "weights", constants[name] * factor.item())
+            layer.output[0] = node.output[0]
+            graph.node.remove(node)
+            break
 
 
 class _Entry(NamedTuple):

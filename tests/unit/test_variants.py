@@ -72,6 +72,7 @@ def exported(
     mirror: bool = False,
     lowest: float = 0.5,
     loudness: float = 0.2,
+    temperature: float = 1.0,
 ) -> bytes:
     """Stem; convolution, pooling, normalisation, ReLU; a residual block; mean, dense, softmax."""
     height, width, channels = shape
@@ -102,6 +103,8 @@ def exported(
     made.add("Squeeze", np.array([2, 3]))
     made.add("MatMul", floats(made.rng.normal(0, loudness, (16, 5))))
     made.add("Add", floats(made.rng.normal(0, 0.1, 5)))
+    if temperature != 1:
+        made.add("Mul", floats(1 / temperature))
     if mirror:
         made.nodes.append(helper.make_node("Split", [made.last], ["one", "other"], axis=0))
         made.last = "one"
@@ -154,7 +157,7 @@ REST = [
     ("given", "shape", "expected"),
     [
         ({}, (8, 8, 3), ["Transpose", "Cast", "Sub", "Conv", "Relu", *REST, "Softmax"]),
-        ({"mean": 0}, (8, 8, 3), ["Transpose", "Cast", "Conv", "Relu", *REST, "Softmax"]),
+        ({"mean": 0, "temperature": 0.7}, (8, 8, 3), ["Transpose", "Cast", "Conv", "Relu", *REST, "Softmax"]),
         ({"mean": IMAGENET}, (6, 10, 3), ["Transpose", "Cast", "Sub", "Conv", "Relu", *REST, "Softmax"]),
         ({}, (8, 8, 1), ["Reshape", "Cast", "Sub", "Conv", "Relu", *REST, "Softmax"]),
         (
