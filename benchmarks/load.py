@@ -468,7 +468,7 @@ def make_models() -> None:
     from training.add import add
     from training.data import Dataset
     from training.export import serving_function, to_onnx
-    from training.network import basic
+    from training.network import build
     from training.settings import AddSettings, TrainingSettings
 
     keras.utils.set_random_seed(0)
@@ -491,7 +491,7 @@ def make_models() -> None:
     scaled = keras.layers.Rescaling(1 / 127.5, -1)(inputs)
     resnet = keras.applications.ResNet50(weights=None, classifier_activation=None)
     networks: dict[str, Callable[[], keras.Model]] = {
-        "cnn": lambda: basic(data, settings),
+        "cnn": lambda: build(data, settings),
         "resnet": lambda: keras.Model(inputs, resnet(scaled)),
     }
     for name, network in networks.items():
