@@ -219,6 +219,8 @@ class _Run:
         }
         known = [kept, self.data.train.fingerprint(), self.precision, self.replicas]
         known += [[list(weight.shape) for weight in self.network.weights], tf.__version__]
+        # Other code may come to other weights.
+        known += [Path(file).read_text(encoding="utf-8") for file in (__file__, networks.__file__)]
         digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
         return self.settings.checkpoints / f"{self.data.name}-{digest[:12]}"
 
