@@ -193,7 +193,7 @@ class _Run:
             if self.precision == "float32" and not settings.average and self.replicas == 1
             else networks.build(data, settings)
         )
-        self.checkpoint = _Checkpoint(self._folder(), settings.resume, _chief(strategy))
+        self.checkpoint = _Checkpoint(self._folder(start), settings.resume, _chief(strategy))
         self.history: list[Epoch] = []
         self.best: tuple[float, int, list[npt.NDArray[Any]]] | None = None
 
@@ -205,8 +205,8 @@ class _Run:
         self._infer = infer
         self._train = self._make_step()
 
-    def _folder(self) -> Path:
-        """Where checkpoints of a run with these settings and data lie."""
+    def _folder(self, start: list[npt.NDArray[Any]] | None) -> Path:
+        """Where checkpoints of a run with these settings, data and first weights lie."""
         elsewhere = {
             "models", "checkpoints", "resume", "tensorboard", "mlflow_uri", "summary", "textfile",
             "retrain", "base", "compare", "variants", "cache", "skip_unreadable", "recipe", "mirror",
@@ -221,8 +221,10 @@ class _Run:
         known += [[list(weight.shape) for weight in self.network.weights], tf.__version__]
         # Other code may come to other weights.
         known += [Path(file).read_text(encoding="utf-8") for file in (__file__, networks.__file__)]
-        digest = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
-        return self.settings.checkpoints / f"{self.data.name}-{digest[:12]}"
+        digest = hashlib.sha256(json.dumps(known, default=str).encode())
+        for weight in start or ():
+            digest.update(weight.tobytes())
+        return self.settings.checkpoints / f"{self.data.name}-{digest.hexdigest()[:12]}"
 
     # The steps, as TensorFlow runs them.
 
