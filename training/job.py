@@ -286,8 +286,8 @@ class _Job:
         )
         if data == learned and self._classes == serving.manifest.labels and ours == theirs:
             raise NothingNew(
-                f"nothing new: {serving.folder} was trained on these {_total(self.outcome.data)} "
-                "images, with these settings"
+                f"nothing new: {serving.folder} was made of these {_total(self.outcome.data)} images "
+                "with these settings"
             )
         for tried in _memory(folder):
             if tried.get("try") == self._try():

@@ -36,9 +36,11 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._writer: Any = None
+        self._broken = False
 
     def on_epoch(self, epoch: "Epoch") -> None:
-        """Raises ConvoyError where the folder can't be written to."""
+        if self._broken:
+            return
         # Loaded by now, as there was an epoch.
         import tensorflow as tf
 
@@ -54,8 +56,11 @@ class TensorBoard:
                     tf.summary.write(name, tf.constant(value, tf.float32), epoch.epoch, scalar)
             # Before the next epoch, of which nobody knows how long it takes.
             self._writer.flush()
+        # No reason to lose a training.
         except tf.errors.OpError as error:
-            raise ConvoyError(f"--tensorboard {self.folder}: {error.message}") from error
+            self._broken = True
+            reason = error.message.rpartition("}} ")[2].partition(" [Op:")[0]
+            log.warning("--tensorboard %s: %s; it is written no more", self.folder, reason)
 
     def close(self) -> None:
         if self._writer is not None:

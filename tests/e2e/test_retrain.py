@@ -18,10 +18,15 @@ from service import bundle as bundles
 from tests.conftest import convoy, environment
 
 TIMEOUT_S = 120.0
-SETTINGS = (
-    "--epochs", "10", "--batch-size", "16", "--shift", "0.5", "--filters", "8", "16", "--dense", "32",
-    "--dropout", "0.2", "--variants",
-)  # fmt: skip
+RECIPE = """
+epochs = 10
+batch_size = 16
+filters = [8, 16]
+dense = 32
+dropout = 0.2
+shift = 0.5
+variants = []
+"""
 
 
 def add_digits(folder: Path, first: int, last: int) -> None:
@@ -62,7 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images and models/digits/1, which learned from them in one go."""
     folder = tmp_path_factory.mktemp("retrain")
     add_digits(folder / "images", 0, 600)
-    first = night(folder, *SETTINGS)
+    (folder / "recipe.toml").write_text(RECIPE)
+    first = night(folder, "--recipe", folder / "recipe.toml")
     assert (first["status"], first["exit_code"], first["version"]) == ("published", 0, 1)
     assert first["serving"] is None
     assert "its first training" in first["said"]
@@ -70,9 +76,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_job_that_was_killed_goes_on_to_the_same_version(folder: Path) -> None:
-    # Other models, but the same images and settings.
+    # Another model, but the same images and settings.
+    recipe = "--recipe", folder / "recipe.toml"
     with subprocess.Popen(
-        [sys.executable, "-m", "convoy", *command(folder, *SETTINGS, models="others")],
+        [sys.executable, "-m", "convoy", *command(folder, *recipe, models="others")],
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
@@ -85,7 +92,7 @@ def test_a_job_that_was_killed_goes_on_to_the_same_version(folder: Path) -> None
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert bundles.versions(folder / "others" / "digits") == []
-    again = night(folder, *SETTINGS, models="others")
+    again = night(folder, *recipe, models="others")
     assert (again["status"], again["version"]) == ("published", 1)
     assert "where a run was killed" in again["said"]
     assert again["sha256"] == bundles.read(folder / "models" / "digits" / "1").sha256
@@ -114,7 +121,7 @@ def test_each_night_does_what_there_is_to_do(folder: Path) -> None:
     assert learned["data"]["train"]["count"] > 1.5 * same["data"]["train"]["count"]
     assert learned["compared"]["difference"] > 0
     version = bundles.read(model / "2")
-    # The flags of the first night are still in force, as far as nothing else was said.
+    # The recipe of the first night is still in force, as far as nothing else was said.
     used = version.manifest.training["settings"]
     assert (used["epochs"], used["filters"], used["shift"]) == (12, [8, 16], 0.5)
     assert version.manifest.variants.keys() == {"fp32"}

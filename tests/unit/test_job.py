@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -29,7 +30,7 @@ from training.data import Dataset, Split
 from training.evaluate import Evaluation, evaluate, mcnemar
 from training.publish import Check, Findings, GateClosed, Verdict
 from training.run import Hooks
-from training.settings import TrainingSettings
+from training.settings import RECIPES, TrainingSettings
 from training.trackers import MLflow
 
 SHAPE, CLASSES = (4, 5, 3), ("a", "b", "c")
@@ -508,19 +509,25 @@ def test_flags_the_environment_and_a_named_recipe_go_before_them(
     assert (found.image_size, found.channels) == (4, 3)
 
 
-def test_a_first_training_is_by_the_recipe_for_its_data(tmp_path: Path) -> None:
-    digits = parsed("--retrain", "--base", tmp_path / "digits")
-    assert (digits.models, digits.name, digits.epochs) == (tmp_path, "digits", 40)
-    folder = parsed("--retrain", "--base", tmp_path / "pets", "--data", "x")
-    assert (folder.name, folder.epochs, folder.shift) == ("pets", 20, 2)
+@pytest.mark.parametrize(("data", "recipe"), [((), "digits"), (("--data", "x"), "folder")])
+def test_a_first_training_is_by_the_recipe_for_its_data(
+    data: tuple[str, ...], recipe: str, tmp_path: Path
+) -> None:
+    found = parsed("--retrain", "--base", tmp_path / "pets", *data)
+    assert (found.models, found.name) == (tmp_path, "pets")
+    assert asdict(found).items() >= values(recipe).items()
 
 
 def test_of_a_model_from_elsewhere_the_size_is_taken_over(tmp_path: Path) -> None:
-    base = tmp_path / "pets"
-    version(base, {})
-    found = parsed("--retrain", "--base", base, "--data", "x")
+    version(tmp_path / "pets", {})
+    found = parsed("--retrain", "--base", tmp_path / "pets", "--data", "x")
     assert (found.image_size, found.channels, found.resize) == (4, 3, "crop")
-    assert (found.epochs, found.shift) == (20, 2)
+    assert asdict(found).items() >= values("folder").items()
+
+
+def values(recipe: str) -> dict[str, Any]:
+    text = (RECIPES / f"{recipe}.toml").read_text(encoding="utf-8")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in tomllib.loads(text).items()}
 
 
 def test_another_name_beside_the_base_is_not_ignored(
