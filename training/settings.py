@@ -226,7 +226,8 @@ class TrainingSettings:
 
     retrain: bool = False
     """For schedulers: end with 0 where a version was published, 3 where it is not better than what
-    serves, 4 where the data is what the serving version was trained on, 1 for errors."""
+    serves, 4 where there is nothing new (the same images and settings as what serves was made of, or as
+    were tried in vain), 1 for errors."""
 
     base: Path | None = None
     """With --retrain: folder of the model to be replaced, models/<name>; its settings are taken where
