@@ -425,6 +425,9 @@ def _list_rows(path: Path, settings: TrainingSettings) -> Listing:
         if not row["path"].strip():
             wrong["rows have no path"].append(where)
             continue
+        if "\0" in row["path"]:
+            wrong["rows have a path with a zero byte"].append(where)
+            continue
         if not label:
             wrong["rows have no label"].append(f"{where} ({row['path']})")
             continue
@@ -443,7 +446,8 @@ def _list_rows(path: Path, settings: TrainingSettings) -> Listing:
             named.append((file, label, split))
         else:
             wrong["files are named twice"].append(f"{file} ({where})")
-    missing = [file for file, _, _ in named if not file.exists()]
+    # Not Path.exists: it raises where a name is too long, or a folder closed to us.
+    missing = [file for file, _, _ in named if not os.path.exists(file)]  # noqa: PTH110
     if missing and not settings.skip_unreadable:
         wrong[f"files are missing (paths begin at {path.parent.absolute()})"] += map(str, missing)
     told = {what: f"{path}: {len(found)} {what}: {_some(found)}" for what, found in wrong.items()}

@@ -7,11 +7,11 @@ was killed goes on exactly, and every machine of several knows what the others d
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,6 +28,8 @@ from training import network as networks
 from training.data import Dataset, class_weights
 from training.evaluate import score
 from training.settings import TrainingSettings
+
+log = logging.getLogger("convoy.fit")
 
 # Steps are handed to TensorFlow in groups that take about so long: few enough calls to cost nothing,
 # enough of them to see how far it is.
@@ -74,6 +76,8 @@ class Fitted(NamedTuple):
     replicas: int
     # Whether this process publishes: of several machines one does.
     chief: bool
+    # Removes the checkpoint, by which a run that is killed before goes on right here.
+    forget: Callable[[], None]
 
 
 def prepare(seed: int) -> tf.distribute.Strategy:
@@ -129,8 +133,8 @@ def fit(
 
     `on_step` hears after every group of steps of the step, of how many, and of loss and accuracy so
     far in this epoch. Call `prepare` before, and two runs on one machine are the same, also where
-    one was killed in between. Raises TrainingFailed where the loss is no number any more, or where
-    another machine is gone.
+    one was killed in between. Raises TrainingFailed where the loss is no number any more, where another
+    machine is gone, or where machines have different images or checkpoints.
     """
     run = _Run(data, settings, strategy or tf.distribute.get_strategy(), start)
     try:
@@ -218,12 +222,15 @@ class _Run:
             if name not in elsewhere and not name.startswith(("min_", "max_"))
         }
         known = [kept, self.data.train.fingerprint(), self.precision, self.replicas]
-        known += [[list(weight.shape) for weight in self.network.weights], tf.__version__]
+        known += [self.data.validation.fingerprint(), keras.__version__, tf.__version__]
+        known += [[list(weight.shape) for weight in self.network.weights]]
         # Other code may come to other weights.
         known += [Path(file).read_text(encoding="utf-8") for file in (__file__, networks.__file__)]
         digest = hashlib.sha256(json.dumps(known, default=str).encode())
         for weight in start or ():
             digest.update(weight.tobytes())
+        if self.settings.weights:
+            digest.update(self.settings.weights.read_bytes())
         return self.settings.checkpoints / f"{self.data.name}-{digest.hexdigest()[:12]}"
 
     # The steps, as TensorFlow runs them.
@@ -294,6 +301,7 @@ class _Run:
         on_resume: Callable[[int, int], None],
     ) -> Fitted:
         step, seconds, waited = self._restore(), 0.0, 0.0
+        self._agree(step)
         if step:
             on_resume(step, self.steps)
         feeder = _Feeder(self)
@@ -305,7 +313,8 @@ class _Run:
                 arguments, count = feeder.take(step)
                 ready = time.monotonic()
                 self._train(tf.constant(count), *arguments)
-                loss, right = (float(each.numpy()) / (done + count) for each in self._sums)
+                sums = [_read(each) for each in self._sums]
+                loss, right = (float(each) / (done + count) for each in sums)
                 now = time.monotonic()
                 seconds, waited = seconds + now - began, waited + ready - began
                 feeder.took(count, now - ready)
@@ -318,19 +327,24 @@ class _Run:
                 on_step(step, self.steps, loss, right)
                 if step % self.steps_per_epoch == 0:
                     on_epoch(self._end_epoch(epoch + 1, loss, right, seconds, waited))
-                    seconds, waited = 0.0, 0.0
+                    sums, seconds, waited = [np.zeros_like(each) for each in sums], 0.0, 0.0
                 elif time.monotonic() - saved < _CHECKPOINT_S:
                     continue
-                self._save(step)
+                self._save(step, sums)
                 saved = time.monotonic()
         if self.settings.patience and self.best:
             self.exported.set_weights(self.best[2])
         else:
             self._take_weights()
         best = self.best[1] if self.settings.patience and self.best else len(self.history)
-        self.checkpoint.remove()
         return Fitted(
-            self.exported, self.history, best, self.precision, self.replicas, _chief(self.strategy)
+            self.exported,
+            self.history,
+            best,
+            self.precision,
+            self.replicas,
+            _chief(self.strategy),
+            self.checkpoint.remove,
         )
 
     def _stopped(self) -> bool:
@@ -361,12 +375,13 @@ class _Run:
     # What survives a kill.
 
     def _variables(self) -> list[Any]:
-        """All that the rest of the training depends on; those of chance in layers among them."""
-        return [
-            *self.network.variables, *self.optimizer.variables, *self._averages, *self._sums,
-        ]  # fmt: skip
+        """All that the rest of the training depends on but `_sums`; those of chance in layers among
+        them.
+        """
+        return [*self.network.variables, *self.optimizer.variables, *self._averages]
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, sums: list[npt.NDArray[Any]]) -> None:
+        # The sums as they were read: reading them asks all machines, and each saves by its own clock.
         best = self.best
         state = {
             "step": step,
@@ -375,7 +390,7 @@ class _Run:
         }
         self.checkpoint.save(
             state,
-            [_read(v) for v in self._variables()],
+            [*(_read(v) for v in self._variables()), *sums],
             best[2] if best else [],
         )
 
@@ -385,8 +400,9 @@ class _Run:
         if found is None:
             return 0
         state, arrays, best = found
-        variables = self._variables()
-        if [v.shape for v in variables] != [array.shape for array in arrays]:
+        variables = [*self._variables(), *self._sums]
+        whole = [v.shape for v in variables] == [array.shape for array in arrays]
+        if not whole or len(best) != (len(self.exported.weights) if state["best"] else 0):
             return 0
         for variable, array in zip(variables, arrays, strict=True):
             variable.assign(array)
@@ -394,6 +410,28 @@ class _Run:
         if state["best"]:
             self.best = (state["best"][0], state["best"][1], best)
         return int(state["step"])
+
+    def _agree(self, step: int) -> None:
+        """Raises TrainingFailed where machines have other images than others, or go on elsewhere: they
+        would wait for each other in vain, or train different networks.
+        """
+        if self.replicas == 1:
+            return
+        mine = [step, int(self.data.train.fingerprint()[:6], 16)]
+
+        def add() -> tf.Tensor:
+            told = tf.constant([*mine, *(number**2 for number in mine)], tf.int64)
+            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, told)
+
+        told = self.strategy.experimental_local_results(self.strategy.run(tf.function(add)))[0]
+        sums, squares = np.split(told.numpy(), 2)
+        # All are the same where nothing varies.
+        if (self.replicas * squares != sums**2).any():
+            raise TrainingFailed(
+                f"this machine begins at step {step} with {len(self.data.train)} training images, and "
+                "others elsewhere, or with other images: give all the same data, and one "
+                "--checkpoints that all of them reach"
+            )
 
 
 def _read(variable: Any) -> npt.NDArray[Any]:
@@ -634,19 +672,30 @@ class _Checkpoint:
         # One file, so that a kill leaves the one before or this one, never parts of both.
         named = {f"v{n}": array for n, array in enumerate(arrays)}
         named.update({f"b{n}": array for n, array in enumerate(best)})
-        temporary = self._folder / f".{_FILE}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, state=np.array(json.dumps(state)), **named)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._folder / _FILE)
+            try:
+                self._write(state, named)
+            except FileNotFoundError:
+                # Another run of the same has ended, and removed the folder.
+                self._write(state, named)
         except OSError as error:
             raise ConvoyError(
                 f"the checkpoint could not be written to {self._folder}: {error.strerror or error}; "
                 "make room and start again: it goes on from the one before"
             ) from error
+
+    def _write(self, state: dict[str, Any], named: dict[str, npt.NDArray[Any]]) -> None:
+        # Each run its own: of two that are the same, either's checkpoint does for both.
+        temporary = self._folder / f".{os.getpid()}.{_FILE}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, state=np.array(json.dumps(state)), **named)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._folder / _FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load(
         self,
@@ -655,10 +704,20 @@ class _Checkpoint:
         if not self._resume:
             return None
         try:
-            with np.load(self._folder / _FILE, allow_pickle=False) as found:
+            # Opened here: where np.load raises, it leaves the file open.
+            with (
+                (self._folder / _FILE).open("rb") as file,
+                np.load(file, allow_pickle=False) as found,
+            ):
                 state = json.loads(str(found["state"]))
                 return state, list(_numbered(found, "v")), list(_numbered(found, "b"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except FileNotFoundError:
+            return None
+        # A damaged file makes the readers of zip and numpy raise anything.
+        except Exception as error:
+            log.warning(
+                "%s is of no use, and training begins anew: %s", self._folder / _FILE, error
+            )
             return None
 
     def remove(self) -> None:

@@ -199,7 +199,9 @@ class _Job:
                     "away for a first training"
                 )
             else:
-                self.console.print(f"{folder} has no version yet: this is its first training")
+                self.console.print(
+                    f"{folder} has no version yet: this is its first training", markup=False
+                )
         if not self._chief:
             return
         name = f"{data.name}-{self.outcome.started.replace(':', '')}"

@@ -17,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -67,7 +68,7 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
     console.print(_describe(data))
     noted = check.summary(data)
     for finding in noted:
-        console.print(f"[yellow]{finding.severity}[/]: {finding.text}", highlight=False)
+        console.print(f"[yellow]{finding.severity}[/]: {escape(finding.text)}", highlight=False)
     hooks.on_data(data)
     with console.status("loading TensorFlow"), _quiet_stderr():
         from training import export, fit, network
@@ -97,7 +98,11 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
             verdict = publish.judge(findings, data, serving, settings)
         _tell(findings, verdict, console)
         hooks.on_judged(findings, verdict)
-        verdict.admit(retrain=settings.retrain)
+        try:
+            verdict.admit(retrain=settings.retrain)
+        except publish.GateClosed:
+            fitted.forget()
+            raise
         described = publish.manifest(
             candidate,
             findings,
@@ -122,8 +127,10 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
         bundle = publish.publish(
             folder, candidate, findings, verdict, described, data.test, page, weights
         )
+    fitted.forget()
     console.print(
-        f"published {bundle.folder}; what a person reads: {bundle.folder / bundles.REPORT}"
+        f"published {bundle.folder}; what a person reads: {bundle.folder / bundles.REPORT}",
+        markup=False,
     )
     return bundle
 
@@ -207,7 +214,7 @@ def _graphs(
         try:
             graphs[name] = make[name]()
         except ConvoyError as error:
-            console.print(f"[yellow]no {name} graph[/]: {error}", highlight=False)
+            console.print(f"[yellow]no {name} graph[/]: {escape(str(error))}", highlight=False)
     return graphs
 
 
@@ -394,7 +401,8 @@ def gate_table(checks: list[Check]) -> Table:
             verdict = "[yellow]SUSPICIOUS[/]"
         elif not each.passed and not each.closes:
             verdict = "[yellow]LEFT OUT[/]"
-        table.add_row(each.name, each.value, each.wanted, verdict)
+        # Names of classes may have brackets.
+        table.add_row(each.name, escape(each.value), escape(each.wanted), verdict)
     return table
 
 

@@ -208,6 +208,10 @@ def trained(settings: TrainingSettings, folder: Path, data: Dataset, **more: Any
     return fit.fit(data, settings, fit.prepare(settings.seed), **more)
 
 
+class Killed(BaseException):
+    pass
+
+
 LOOP = replace(
     BASIC, epochs=4, batch_size=8, flip=True, shift=1, average=0.9, patience=3, class_weights=True
 )
@@ -225,10 +229,16 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(
     monkeypatch.setattr(fit, "_CHECKPOINT_S", 0.0)
     data = dataset()
     whole = trained(settings, tmp_path / "whole", data)
-    assert not list((tmp_path / "whole").iterdir())
-
-    class Killed(BaseException):
-        pass
+    # A run that is killed while it exports has nothing to train again.
+    (kept,) = (tmp_path / "whole").iterdir()
+    resumed: list[Any] = []
+    ended = trained(settings, tmp_path / "whole", data, on_resume=lambda *at: resumed.append(at))
+    assert resumed == [(20, 20)]
+    assert ended.epochs == whole.epochs
+    for mine, theirs in zip(ended.network.get_weights(), whole.network.get_weights(), strict=True):
+        assert np.array_equal(mine, theirs)
+    ended.forget()
+    assert not kept.exists()
 
     def die(step: int, steps: int, loss: float, accuracy: float) -> None:
         if step > 8:
@@ -236,7 +246,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(
 
     with pytest.raises(Killed):
         trained(settings, tmp_path / "killed", data, on_step=die)
-    resumed = []
+    resumed.clear()
     again = trained(
         settings, tmp_path / "killed", data, on_resume=lambda *where: resumed.append(where)
     )
@@ -248,25 +258,76 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(
     assert [(e.loss, e.accuracy, e.validation_loss) for e in again.epochs] == figures
 
 
+def die_early(epoch: fit.Epoch) -> None:
+    if epoch.epoch == 2:
+        raise Killed
+
+
 def test_a_run_with_other_settings_or_images_begins_anew(tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
-
-    def die(epoch: fit.Epoch) -> None:
-        if epoch.epoch == 2:
-            raise Killed
-
     resumed: list[Any] = []
-    data = dataset()
+    data, others = dataset(), dataset(48)
     for settings, images in (
-        (LOOP, data), (replace(LOOP, learning_rate=0.01), data), (LOOP, dataset(48)),
-    ):  # fmt: skip
+        (LOOP, data),
+        (replace(LOOP, learning_rate=0.01), data),
+        (LOOP, others),
+        # By which the best epoch is told.
+        (LOOP, replace(data, validation=others.validation)),
+    ):
         with pytest.raises(Killed):
-            trained(settings, tmp_path, images, on_epoch=die, on_resume=resumed.append)
-    (newest,) = tmp_path.glob("*/checkpoint.npz") and list(tmp_path.glob("*/checkpoint.npz"))[:1]
-    newest.write_bytes(newest.read_bytes()[:100])
+            trained(
+                settings,
+                tmp_path,
+                images,
+                on_epoch=die_early,
+                on_resume=lambda *at: resumed.append(at),
+            )
     assert not resumed
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+# Cut off; the version that its zip needs; the flag of encryption.
+@pytest.mark.parametrize("damage", [slice(100, None), slice(4, 5), slice(6, 7)])
+def test_a_damaged_checkpoint_is_said_and_trained_anew(
+    damage: slice, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "kept"
+    checkpoint = fit._Checkpoint(folder, True, True)
+    checkpoint.save({"step": 1}, [np.arange(3)], [])
+    assert checkpoint.load() is not None
+    file = folder / "checkpoint.npz"
+    content = file.read_bytes()
+    # The last of the entries in the directory, by which all are found.
+    entry = content.index(b"PK\x01\x02")
+    damaged = bytearray(content)
+    if damage.stop is None:
+        del damaged[damage]
+    else:
+        damaged[entry + damage.start + 2] = 99
+        damaged[damage.start] = 99
+    file.write_bytes(damaged)
+    assert checkpoint.load() is None
+    assert "training begins anew" in caplog.text
+    assert [each.name for each in folder.iterdir()] == ["checkpoint.npz"]
+
+
+def test_of_two_runs_that_are_the_same_one_may_end_before_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "kept"
+    first, second = (fit._Checkpoint(folder, True, True) for _ in range(2))
+    first.save({"step": 1}, [np.arange(3)], [])
+    write = np.savez
+
+    def end(*arguments: Any, **arrays: Any) -> None:
+        monkeypatch.setattr(np, "savez", write)
+        first.remove()
+        write(*arguments, **arrays)
+
+    monkeypatch.setattr(np, "savez", end)
+    second.save({"step": 2}, [np.arange(3)], [])
+    found = second.load()
+    assert found
+    assert found[0] == {"step": 2}
 
 
 def test_the_best_epoch_is_taken_where_no_later_one_is_better(tmp_path: Path) -> None:

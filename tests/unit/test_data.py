@@ -604,6 +604,14 @@ WRONG_LISTS: dict[str, tuple[Callable[[list[Row]], object], str]] = {
         lambda rows: [rows[n].update(path=f"gone/{n}.png") for n in range(4)],
         r"{}: 4 files are missing \(paths begin at .*\): .*gone/0.png, .*gone/1.png, .*2.png ...$",
     ),
+    "a path too long for a file": (
+        lambda rows: rows[5].update(path="x" * 300 + ".png"),
+        "{}: 1 files are missing",
+    ),
+    "a path with a zero byte": (
+        lambda rows: rows[5].update(path="pets/\0.png"),
+        "{}: 1 rows have a path with a zero byte: line 7",
+    ),
     "a single class": (
         lambda rows: [row.update(label="dog") for row in rows],
         "{} has a single class, 'dog'",
