@@ -290,6 +290,10 @@ class _Run:
         step = tf.cast(self.optimizer.iterations, tf.float32)
         decay = tf.minimum(self.settings.average, (1 + step) / (10 + step))
         for mean, weight in zip(self._averages, self.network.weights, strict=True):
+            # A backbone may have counts among its weights.
+            if not mean.dtype.is_floating:
+                mean.assign(weight.value)
+                continue
             mean.assign(mean * decay + tf.cast(weight.value, mean.dtype) * (1 - decay))
 
     # The loop.
@@ -301,7 +305,6 @@ class _Run:
         on_resume: Callable[[int, int], None],
     ) -> Fitted:
         step, seconds, waited = self._restore(), 0.0, 0.0
-        self._agree(step)
         if step:
             on_resume(step, self.steps)
         feeder = _Feeder(self)
@@ -397,13 +400,17 @@ class _Run:
     def _restore(self) -> int:
         """The step after the last that a killed run put down; 0 where there is none."""
         found = self.checkpoint.load()
+        variables = [*self._variables(), *self._sums]
+        if found is not None:
+            state, arrays, best = found
+            whole = [v.shape for v in variables] == [array.shape for array in arrays]
+            if not whole or len(best) != (len(self.exported.weights) if state["best"] else 0):
+                found = None
+        # Before anything is assigned, in which machines take part together.
+        self._agree(found[0]["step"] if found else 0)
         if found is None:
             return 0
         state, arrays, best = found
-        variables = [*self._variables(), *self._sums]
-        whole = [v.shape for v in variables] == [array.shape for array in arrays]
-        if not whole or len(best) != (len(self.exported.weights) if state["best"] else 0):
-            return 0
         for variable, array in zip(variables, arrays, strict=True):
             variable.assign(array)
         self.history = [Epoch(**epoch) for epoch in state["epochs"]]

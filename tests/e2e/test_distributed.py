@@ -15,8 +15,10 @@ from tests.conftest import REPOSITORY, environment
 TIMEOUT_S = 120.0
 
 
-def start(folder: Path, name: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.e2e.worker", folder / f"{name}.npz", folder / "kept"]
+def start(
+    folder: Path, name: str, *arguments: str, kept: str = "kept", **variables: str
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.e2e.worker", folder / f"{name}.npz", folder / kept]
     return subprocess.Popen(
         [*map(str, command), *arguments],
         cwd=REPOSITORY,
@@ -27,8 +29,10 @@ def start(folder: Path, name: str, *arguments: str, **variables: str) -> subproc
     )
 
 
-def two(folder: Path, *dies: str) -> list[subprocess.Popen[str]]:
-    """Both workers of a cluster; the second one dies after an epoch if asked to."""
+def two(folder: Path, *dies: str, kept: str = "kept") -> list[subprocess.Popen[str]]:
+    """Both workers of a cluster; the second one dies after an epoch if asked to, and looks for
+    checkpoints in the folder `kept`.
+    """
     with contextlib.ExitStack() as held:
         ports = []
         for _ in range(2):
@@ -41,6 +45,7 @@ def two(folder: Path, *dies: str) -> list[subprocess.Popen[str]]:
             folder,
             f"worker{index}",
             *(dies if index else ()),
+            kept=kept if index else "kept",
             TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
         )
         for index in range(2)
@@ -88,3 +93,9 @@ def test_two_machines_come_to_the_weights_of_one_though_one_dies_in_between(
     for mine, theirs, whole in zip(first, second, alone, strict=True):
         assert np.array_equal(mine, theirs)
         np.testing.assert_allclose(mine, whole, atol=1e-5)
+
+    # The checkpoint of the end is still there, but out of the second one's reach.
+    results = [ended(worker) for worker in two(tmp_path, kept="elsewhere")]
+    assert [status for status, _ in results] == [1, 1], results
+    # One may notice first that the other has ended.
+    assert any("one --checkpoints that all of them reach" in said for _, said in results)

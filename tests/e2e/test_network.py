@@ -354,3 +354,21 @@ def test_a_loss_that_is_no_number_ends_it_with_advice(tmp_path: Path) -> None:
 def test_weights_to_start_from_have_to_fit(tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match="of another network"):
         trained(LOOP, tmp_path, dataset(), start=[np.zeros(3)])
+
+
+def test_a_network_with_a_count_among_its_weights_is_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As EfficientNet has one, in the layer that takes away the mean."""
+
+    def build(data: Dataset, *_: Any, **__: Any) -> keras.Model:
+        scaling = keras.layers.Normalization()
+        parts = [keras.layers.Input(data.target.shape), scaling, keras.layers.Flatten()]
+        built = keras.Sequential([*parts, keras.layers.Dense(2)])
+        scaling.count.assign(7)
+        return built
+
+    monkeypatch.setattr(network, "build", build)
+    fitted = trained(replace(LOOP, epochs=1), tmp_path, dataset(8))
+    (count,) = (weight for weight in fitted.network.weights if weight.dtype != "float32")
+    assert int(count.value) == 7
