@@ -48,9 +48,9 @@ def _basic(data: Dataset, settings: TrainingSettings) -> keras.Model:
             layers.Input(data.target.shape),
             _normalisation(data.train.inputs),
             layers.Conv2D(first, settings.kernel_size, padding="same", activation="relu"),
-            _Pooling(),
+            MaxPooling(),
             layers.Conv2D(second, settings.kernel_size, padding="same", activation="relu"),
-            _Pooling(),
+            MaxPooling(),
             # ONNX keeps channels first: flattened in that order, the export needs no transpose.
             layers.Permute((3, 1, 2)),
             layers.Flatten(),
@@ -86,7 +86,7 @@ def _strong(data: Dataset, settings: TrainingSettings) -> keras.Model:
         # Pooling first leaves the normalisation a quarter of the work in training. Without a scale
         # of its own, which could be negative, it keeps the order of values, so in the export the two
         # swap places and it melts into the convolution.
-        x = _Pooling()(x)
+        x = MaxPooling()(x)
         x = layers.ReLU()(_normalised()(x))
         y = layers.ReLU()(_normalised()(_convolution(filters)(x)))
         y = _normalised(scale=True)(_convolution(filters)(y))
@@ -97,7 +97,7 @@ def _strong(data: Dataset, settings: TrainingSettings) -> keras.Model:
     return keras.Model(inputs, layers.Dense(len(data.classes), dtype="float32")(x), name="strong")
 
 
-class _Pooling(layers.MaxPooling2D):  # type: ignore[misc]
+class MaxPooling(keras.layers.MaxPooling2D):  # type: ignore[misc]
     """Max pooling of 2x2. On a CPU TensorFlow's own gradient of it takes five times as long as this
     one, as long as the convolution before it; where several places hold the maximum, all get it.
     """
@@ -245,19 +245,26 @@ def seen(network: keras.Model, pixels: Pixels) -> list[tuple[str, str, np.ndarra
     """What the layers that a textbook draws make of one image, uint8 `[H, W, C]`: name, kind, and
     activations `[H, W, C]` or `[units]`, in their order, without the output.
     """
-    drawn = (
-        layers.Conv2D,
-        layers.MaxPooling2D,
-        layers.GlobalAveragePooling2D,
-        layers.Dense,
-    )
-    chosen = [layer for layer in network.layers[:-1] if isinstance(layer, drawn)]
+    normalised = any(isinstance(layer, layers.BatchNormalization) for layer in network.layers)
+
+    def drawn(layer: keras.Layer) -> bool:
+        """What is before its normalisation and its ReLU tells nothing yet."""
+        if isinstance(layer, (layers.Conv2D, layers.MaxPooling2D)):
+            return not normalised
+        return isinstance(layer, (layers.ReLU, layers.GlobalAveragePooling2D, layers.Dense))
+
+    chosen = [layer for layer in network.layers[:-1] if drawn(layer)]
     if not chosen:
         return []
     inner = keras.Model(network.inputs[0], [layer.output for layer in chosen])
     given = inner(pixels[np.newaxis].astype(np.float32), training=False)
+    # What a convolution found shows behind its ReLU.
     return [
-        (layer.name, type(layer).__name__, np.asarray(each)[0])
+        (
+            layer.name,
+            "Conv2D" if isinstance(layer, layers.ReLU) else type(layer).__name__,
+            np.asarray(each)[0],
+        )
         for layer, each in zip(chosen, given if len(chosen) > 1 else [given], strict=True)
     ]
 
