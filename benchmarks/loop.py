@@ -9,6 +9,7 @@ takes as long as any.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -64,10 +65,8 @@ def ours(settings: TrainingSettings, seconds: float) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, checkpoints=Path(folder))
-        try:
+        with contextlib.suppress(_Enough):
             fit.fit(dataset(), settings, fit.prepare(0), on_epoch=on_epoch)
-        except _Enough:
-            pass
     took = sum(s for s, _ in rates)
     print(f"waited {sum(w for _, w in rates) / took:.4f}", file=sys.stderr)
     return IMAGES * len(rates) / took

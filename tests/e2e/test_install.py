@@ -51,6 +51,7 @@ def test_serving_needs_no_training_and_serves_the_shipped_model(
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=30)
     assert "digits/1 on cpu" in line, rest
+    assert "cifar10/1 on cpu" in line
     assert process.returncode == 0
 
 

@@ -131,7 +131,7 @@ def drawn(settings: TrainingSettings, pixels: np.ndarray, epoch: int = 0) -> np.
     how = fit.draw(settings, pixels.shape[1:3], len(pixels), epoch).how
     whole = fit.only_whole(settings)
     grey = tf.zeros(pixels.shape[-1])
-    return fit.augment(tf.constant(pixels), how, grey, whole=whole).numpy()
+    return np.asarray(fit.augment(tf.constant(pixels), how, grey, whole=whole))
 
 
 def dot(count: int = 400) -> np.ndarray:
