@@ -241,6 +241,13 @@ def test_what_passes_but_should_be_looked_at_is_said(
     assert ("SUSPICIOUS" in output.getvalue()) is bool(doubts)
 
 
+def test_names_of_classes_are_shown_as_they_are() -> None:
+    names = "x [/b], y [bold]"
+    output = io.StringIO()
+    Console(file=output, width=200).print(gate_table([Check("labels", names, names, True)]))
+    assert output.getvalue().count(names) == 2
+
+
 def test_what_is_exactly_as_much_worse_as_allowed_passes() -> None:
     """Whatever binary fractions make of the difference."""
     for percent in range(1, 10):
