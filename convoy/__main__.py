@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, Parameter, Token, config
 
@@ -404,6 +404,7 @@ def evaluate(
     models: Path | None = None,
     name: str = "",
     version: Version = 0,
+    variant: Literal["fp32", "int8", "fp16"] = "fp32",
     server: str = "",
     tls_ca: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -422,6 +423,8 @@ def evaluate(
         Name of the model. Default: that of the data.
     version
         Version to score; 0 means the newest.
+    variant
+        Which of its graphs to score: with --server, the one that it serves.
     server
         HOST:PORT of a server of the same version: each image is sent to it as the file it is.
     tls_ca
@@ -437,7 +440,9 @@ def evaluate(
     from training.run import load_test
 
     console = Console(stderr=as_json, soft_wrap=True)
-    bundle, model, test = load_test(data, models or default_models(), name, version, console)
+    bundle, model, test = load_test(
+        data, models or default_models(), name, version, variant, console
+    )
     offline = score(model.run, test)
     found: dict[str, Any] = {"model": bundle.name, "version": bundle.version, "offline": offline}
     if server:

@@ -41,6 +41,8 @@ _STEPS_TOGETHER = 4
 _CHECKPOINT_S = 120.0
 
 _FILE = "checkpoint.npz"
+# Nobody goes on with one that is older.
+_ABANDONED_S = 30 * 24 * 3600.0
 
 
 class TrainingFailed(ConvoyError):
@@ -666,6 +668,11 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, resume: bool, writes: bool) -> None:
         self._folder, self._resume, self._writes = folder, resume, writes
+        if writes:
+            for left in folder.parent.glob(f"*/{_FILE}"):
+                with contextlib.suppress(OSError):
+                    if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                        shutil.rmtree(left.parent, ignore_errors=True)
 
     def save(
         self,

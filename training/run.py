@@ -360,10 +360,10 @@ def _tell(findings: Findings, verdict: Verdict, console: Console) -> None:
 
 
 def load_test(
-    data: str, models: Path, name: str, version: int, console: Console
+    data: str, models: Path, name: str, version: int, variant: str, console: Console
 ) -> tuple[Bundle, Model, Split]:
-    """A published version (0: the newest) and the test images of `data`, cut as its training cut
-    them. Raises BrokenVersion or DataError.
+    """A published version (0: the newest), loaded in one precision, and the test images of `data`, cut
+    as its training cut them. Raises BrokenVersion or DataError.
     """
     folder = models / datasets.model_name(TrainingSettings(data=data, name=name))
     available = bundles.versions(folder)
@@ -388,7 +388,7 @@ def load_test(
             f"the classes of {data} are {', '.join(classes)}; "
             f"those of {folder}: {', '.join(bundle.manifest.labels)}"
         )
-    return bundle, Model.load(bundle, device="cpu"), test
+    return bundle, Model.load(bundle, device="cpu", variant=variant), test
 
 
 def gate_table(checks: list[Check]) -> Table:

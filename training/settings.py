@@ -157,7 +157,8 @@ class TrainingSettings:
     """Compile steps with XLA. auto: on a card only; on a CPU it was slower wherever it was measured."""
 
     checkpoints: Path = Path(".convoy/checkpoints")
-    """Folder of what a killed run needs to go on; removed when it ends."""
+    """Folder of what a killed run needs to go on, removed when it has published, or after 30 days. Of
+    several machines all have to see the same one."""
 
     resume: bool = True
     """Go on where a run with the same settings and data was killed, to the weights that it would have
@@ -179,7 +180,8 @@ class TrainingSettings:
 
     storage: Literal["float32", "float16"] = "float32"
     """What the float32 graph's weights are stored in. float16 halves the file and moves probabilities
-    by about 1e-3; they are computed with in float32 all the same."""
+    by about 1e-3, for which --max-parity has to be wider, such as 0.005; they are computed with in
+    float32 all the same."""
 
     keep_weights: bool = True
     """Publish the network's own weights beside the graphs, for --warm-start. As large as the float32

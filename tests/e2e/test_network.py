@@ -1,6 +1,7 @@
 """What TensorFlow makes of a network: its parts, without a whole training run."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,17 @@ def test_of_two_runs_that_are_the_same_one_may_end_before_the_other(
     found = second.load()
     assert found
     assert found[0] == {"step": 2}
+
+
+def test_checkpoints_that_nobody_goes_on_with_are_removed_after_a_month(tmp_path: Path) -> None:
+    for name, days in (("old", 31), ("young", 29)):
+        file = tmp_path / name / "checkpoint.npz"
+        file.parent.mkdir()
+        file.write_bytes(b"")
+        then = time.time() - days * 24 * 3600
+        os.utime(file, (then, then))
+    trained(replace(LOOP, epochs=1), tmp_path, dataset()).forget()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["young"]
 
 
 def test_the_best_epoch_is_taken_where_no_later_one_is_better(tmp_path: Path) -> None:

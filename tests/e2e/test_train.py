@@ -111,6 +111,7 @@ def test_a_folder_of_mixed_images_is_trained_on_served_and_scored_over_the_wire(
     done = convoy(
         "train", "--data", folder, "--models", models, "--image-size", "24", "--epochs", "15",
         "--network", "strong", "--filters", "16", "32", "--min-accuracy", "0.7",
+        "--max-variant-loss", "0.1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     with Server(models=models).ready() as server:
@@ -128,6 +129,13 @@ def test_a_folder_of_mixed_images_is_trained_on_served_and_scored_over_the_wire(
         lines = one.stdout.splitlines()
         assert len(lines) == 80
         assert sum("\tdisc " in line for line in lines) > 50
+    with Server("--variant", "int8", models=models).ready() as server:
+        done = convoy(
+            "evaluate", "--data", folder, "--models", models, "--variant", "int8", "--server",
+            server.target, "--json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["served"]["accuracy"] >= 0.6
 
 
 @pytest.mark.parametrize(
