@@ -77,5 +77,5 @@ lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest vers
 
 .PHONY: clean
 clean: ## Remove .venv, caches and demo runs
-	rm -rf .venv .cache runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .cache .convoy runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
