@@ -230,8 +230,12 @@ def server(models: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Serves what `convoy serve` serves where nothing is said and nothing lies around."""
-    with Server(cwd=tmp_path_factory.mktemp("empty")) as server:
+    """Serves what `convoy serve` serves where nothing is said: `./models`, here with digits alone, so
+    that callers need not name it.
+    """
+    folder = tmp_path_factory.mktemp("here")
+    shutil.copytree(REPOSITORY / "models" / "digits", folder / "models" / "digits")
+    with Server(cwd=folder) as server:
         yield server.ready()
 
 

@@ -158,7 +158,7 @@ def test_requests_are_given_up_at_their_deadline(slow_server: Server, bench: Ben
         ({"model": "nobody", "api": "classify"}, "has digits"),
         ({"jpeg_size": "big"}, "500x375"),
         ({"images": Path("pyproject.toml")}, "INVALID_ARGUMENT"),
-        ({"images": Path("docs")}, "no images"),
+        ({"images": Path("protos")}, "no images"),
         ({"rate": (3_000_000,)}, "can't send 3e\\+06/s"),
     ],
 )

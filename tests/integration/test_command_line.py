@@ -155,7 +155,9 @@ def test_models_lists_what_is_shipped_and_what_the_folder_here_holds(
     tmp_path: Path, models: Path
 ) -> None:
     shipped = convoy("models", "--json", cwd=tmp_path)
-    assert [json.loads(line)["model"] for line in shipped.stdout.splitlines()] == ["digits"]
+    assert [json.loads(line)["model"] for line in shipped.stdout.splitlines()] == [
+        "cifar10", "digits",
+    ]  # fmt: skip
     (tmp_path / "models").symlink_to(models)
     here = convoy("models", "--json", cwd=tmp_path)
     assert [json.loads(line)["model"] for line in here.stdout.splitlines()] == ["colours", "digits"]
@@ -241,8 +243,8 @@ def imported(log: str) -> set[str]:
 def test_serving_imports_nothing_of_training() -> None:
     with Server(python=("-X", "importtime")) as server:
         with server.ready().channel() as channel:
-            request = pb.ClassifyRequest(images=[raw(solid("red"))])
-            assert classifier_on(channel).Classify(request).model == "digits"
+            request = pb.ClassifyRequest(model="cifar10", images=[raw(solid("red"))])
+            assert classifier_on(channel).Classify(request).model == "cifar10"
         server.stop()
         modules = imported(server.log)
     assert "onnxruntime" in modules

@@ -397,8 +397,13 @@ def test_a_job_that_is_ended_tells_so(
     settings: TrainingSettings, number: signal.Signals, status: int
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
-        train(settings, Line(raises=lambda: signal.raise_signal(number)))
+    # Where the tests run in the background, a shell may have it ignored.
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            train(settings, Line(raises=lambda: signal.raise_signal(number)))
+    finally:
+        signal.signal(signal.SIGINT, kept)
     told = summary(settings)
     assert (told["status"], told["exit_code"]) == ("failed", status)
     assert signal.getsignal(signal.SIGTERM) is before
