@@ -635,20 +635,18 @@ class Batcher:
         return flight
 
     def _land(self, flight: _Flight, now: float) -> float | None:
-        """The device is done with a batch: since when it had been at it, None where that can't be
-        told, as it overtook another.
+        """The device is done with a batch: since when it had been at it, None after a bug. Of several
+        that is since the last one was done, whichever it was: one may overtake another.
         """
         flights, self._free_at = self._flights, now
-        if flight not in flights:  # after a bug
+        if flight not in flights:
             return None
-        first = flights[0] is flight
+        began = flights[0].began
         flights.remove(flight)
         if flights:
-            if first:
-                flights[0].began = now
-            assert flights[0].began is not None
-            self._free_at = flights[0].began + sum(each.expected_s for each in flights)
-        return flight.began
+            flights[0].began = now
+            self._free_at = now + sum(each.expected_s for each in flights)
+        return began
 
     def _step_back(self, queue: _Queue, now: float) -> None:
         """The first had a whole batch and wants more: those who wait already go first. But not large

@@ -249,27 +249,30 @@ def runs_here(
     budget: Budget,
     metrics: Metrics,
     on_bug: Callable[[BaseException], None],
+    pins: "Mapping[str, Pin] | None" = None,
 ) -> "Make":
     """What makes a batcher with a model in this process, which has proved itself and knows how long
-    its batches take.
+    its batches take. `pins`: what other processes decided, whose variants are taken.
     """
 
     def make(bundle: Bundle) -> Made:
         name, size = bundle.name, bundle.manifest.max_batch_size
+        pin = (pins or {}).get(name)
+        wanted = pin.variant if pin and pin.variant else settings.variant
         model = Model.load(
             bundle,
             settings.device,
             budget.run_threads,
-            variant=settings.variant,
+            variant=wanted,
             card=Card(settings.gpu_memory_mb, settings.cuda_graphs),
             deterministic=settings.deterministic,
         )
         if model.fallback:
             log.warning("%s/%d %s", name, bundle.version, model.fallback)
-        elif settings.variant not in ("fastest", model.variant):
+        if wanted not in ("fastest", model.variant):
             log.warning(
                 "%s/%d has no variant %s: serves %s",
-                name, bundle.version, settings.variant, model.variant,
+                name, bundle.version, wanted, model.variant,
             )  # fmt: skip
         times = BatchTimes(size)
         model.measure(bundle, times.record)

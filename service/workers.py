@@ -144,7 +144,7 @@ class _Worker:
 
     def _runs_here(self) -> Make:
         orders = self._orders
-        return runs_here(orders.settings, orders.budget, self._metrics, self._on_bug)
+        return runs_here(orders.settings, orders.budget, self._metrics, self._on_bug, orders.pins)
 
     def engine(self) -> None:
         repository = self._repository(self._runs_here())

@@ -1543,6 +1543,52 @@ def test_what_is_promised_holds_while_two_are_under_way() -> None:
     assert promised[1] >= device.now
 
 
+def test_a_batch_that_overtakes_another_does_not_count_for_both() -> None:
+    """Of two at once the device's time is told from one landing to the next, whichever lands."""
+    memory = np.zeros((2, MAX, MAX, 4), np.uint8)
+    both, landed = threading.Barrier(2), threading.Event()
+    taken, heard = list[float](), Heard()
+    now = [0.0]
+
+    def run(given: Rows) -> Outputs:
+        first = numbers(given)[0]
+        both.wait(TIMEOUT_S)
+        if first == 0:
+            # The later one is done after 1 s, this one after 1 s more.
+            landed.wait(TIMEOUT_S)
+            now[0] = 2.0
+        else:
+            now[0] = 1.0
+        return outputs(*numbers(given))
+
+    times = batch_times(lambda size: 1.0, MAX)
+    record = times.record
+
+    def recorded(size: int, seconds: float) -> None:
+        taken.append(seconds)
+        record(size, seconds)
+        landed.set()
+
+    times.record = recorded  # type: ignore[method-assign]
+    batcher = Batcher(
+        run,
+        (4,),
+        MAX,
+        times=times,
+        max_wait_s=FOREVER_S,
+        sizes=range(1, MAX + 1),
+        buffer=lambda size, lane: memory[lane, size - 1, :size],
+        lanes=2,
+        clock=lambda: now[0],
+    )
+    for n in (0, MAX):
+        batcher.submit(rows(*range(n, n + MAX)), heard.by(n))
+    batcher.start()
+    batcher.close()
+    assert set(heard.endings) == {0, MAX}
+    assert taken == [1.0, 1.0]
+
+
 def test_a_bug_in_one_lane_ends_both_and_strands_nobody() -> None:
     heard, gate, bugs = Heard(), Gate(), list[BaseException]()
     memory = np.zeros((2, MAX, MAX, 4), np.uint8)

@@ -22,9 +22,9 @@ from service.device import Card, Device, buckets, heavy_on_cpu, open_session
 from service.errors import BrokenVersion
 from service.metrics import Metrics, registry
 from service.model import Model
-from service.repository import Repository, runs_here
+from service.repository import Pin, Repository, runs_here
 from service.settings import Settings
-from tests.integration.models import add_colours, colours_of
+from tests.integration.models import add_colours, add_variants, colours_of
 from tests.unit.graphs import classifier
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -149,6 +149,17 @@ def test_auto_falls_back_loudly(
     told = generate_latest(registry(metrics.snapshot)).decode()
     assert f'convoy_model_fallback{{model="{bundle.name}"}} 1.0' in told
     repository.close()
+
+
+def test_a_process_takes_the_variant_that_others_decided(tmp_path: Path) -> None:
+    add_variants(tmp_path, "both")
+    settings, budget, metrics = Settings(variant="fastest"), split(1, 1, 0, 1, 1), Metrics()
+    for variant in ("fp32", "int8"):
+        pins = {"both": Pin(1, "cpu", variant, "", 0)}
+        make = runs_here(settings, budget, metrics, lambda bug: None, pins)
+        repository = Repository(tmp_path, settings, budget, metrics, make, pins=pins)
+        assert repository.pins()["both"].variant == variant
+        repository.close()
 
 
 def test_auto_that_falls_back_takes_the_fastest_variant_of_the_cpu(
