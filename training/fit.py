@@ -270,13 +270,13 @@ class _Run:
             settings.xla == "auto" and bool(tf.config.list_physical_devices("GPU"))
         )
 
-        @tf.function(jit_compile=compiled, reduce_retracing=not compiled)
-        def several(count: tf.Tensor, pixels: Any, truth: Any, drawn: Any) -> None:
-            for step in tf.range(count):
-                one(pixels[step], truth[step], {name: each[step] for name, each in drawn.items()})
-
         def single(step: tf.Tensor, pixels: Any, truth: Any, drawn: Any) -> None:
             one(pixels[step], truth[step], {name: each[step] for name, each in drawn.items()})
+
+        @tf.function(jit_compile=compiled, reduce_retracing=not compiled)
+        def several(count: tf.Tensor, *arguments: Any) -> None:
+            for step in tf.range(count):
+                single(step, *arguments)
 
         # Replicas wait for each other in every step, which TensorFlow allows outside of loops only.
         @tf.function

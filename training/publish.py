@@ -138,6 +138,7 @@ class Findings:
     thresholds: Thresholds | None = None
     # Of the float32 graph, for each test image.
     right: Right | None = field(default=None, repr=False)
+    probabilities: Probabilities | None = field(default=None, repr=False)
     # All that can be used, fp32 among them; against which the others were paired; and why others can't.
     variants: dict[str, Variant] = field(default_factory=dict)
     paired: dict[str, PairedTest] = field(default_factory=dict)
@@ -311,6 +312,7 @@ def examine(
         evaluation,
         thresholds,
         right["fp32"],
+        given,
         variants={
             name: Variant(
                 scores=score_answers(said[name], test.labels),

@@ -298,7 +298,8 @@ def _page(
 ) -> str:
     from training import network
 
-    given = answers(findings.models["fp32"].run, data.test.inputs)
+    given = findings.probabilities
+    assert given is not None
     # One that is right, and plainly so: the story is of how it sees, not of how it errs.
     shown = int(np.argmax(np.where(given.argmax(1) == data.test.labels, given.max(1), 0)))
     one = [(model.run, data.test.inputs[:1]) for model in findings.models.values()]
