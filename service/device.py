@@ -1,15 +1,18 @@
 """Where a model runs: ONNX Runtime's provider, its options, and whether it really is the one."""
 
 import contextlib
+import ctypes
 import hashlib
 import io
 import logging
 import os
 import re
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnxruntime as ort
 
 from service.errors import BrokenVersion
@@ -181,24 +184,37 @@ def _preload() -> None:
 
 
 def host_value(device: Device, shape: Sequence[int], kind: type) -> ort.OrtValue:
-    """A value in memory of this host: pinned, so that a card reads and writes it itself, where ONNX
-    Runtime has that to give.
+    """A value in memory of this host: for a card pinned, so that it reads it itself."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    memory = _pinned(device.number or 0, size) if device.kind != "cpu" else None
+    if memory is None:
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, kind)
+    return ort.OrtValue.ortvalue_from_numpy(np.frombuffer(memory, kind).reshape(shape))
+
+
+def _pinned(number: int, size: int) -> ctypes.Array[ctypes.c_char] | None:
+    """So many bytes of pinned memory, given back with the array; None where there is none.
+
+    From CUDA's runtime, which `preload_dlls` has loaded: ONNX Runtime for Python lends none of its
+    own for a CUDA that is built in (`get_ep_devices` tells of plug-ins alone).
     """
-    make = ort.OrtValue.ortvalue_from_shape_and_type
-    if device.kind != "cpu":
-        for each in ort.get_ep_devices():
-            here = each.ep_options.get("device_id", "0") == str(device.number)
-            if each.ep_name != _PROVIDERS["cuda"] or not here:
-                continue
-            info = each.memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE)
-            try:
-                if info is not None:
-                    return make(shape, kind, memory_info=info)
-            # Other memory does as well, only slower.
-            except Exception as error:
-                log.info("%s: %s", device, error)
-        log.info("%s has no pinned memory to give", device)
-    return make(shape, kind)
+    try:
+        cuda = ctypes.CDLL(f"libcudart.so.{ort.cuda_version.partition('.')[0]}")
+        address, portable = ctypes.c_void_p(), 1
+        failed = cuda.cudaSetDevice(number) or cuda.cudaHostAlloc(
+            ctypes.byref(address), ctypes.c_size_t(size), portable
+        )
+    # Other memory does as well, only slower.
+    except (AttributeError, OSError) as error:
+        log.info("no pinned memory: %s", error)
+        return None
+    if failed or not address.value:
+        log.info("no pinned memory: CUDA's error %d", failed)
+        return None
+    memory = (ctypes.c_char * size).from_address(address.value)
+    # At the end of the process CUDA may be gone already.
+    weakref.finalize(memory, cuda.cudaFreeHost, address).atexit = False
+    return memory
 
 
 def card_value(device: Device, shape: Sequence[int], kind: type) -> ort.OrtValue:

@@ -45,8 +45,11 @@ log = logging.getLogger("convoy.model")
 
 
 class _Bound(NamedTuple):
-    """Memory of one batch size that stays bound to the session: filled, run, and read in place. A
-    CUDA graph has memory of the card bound, `source` and `sink`, and `options` that name it.
+    """Memory of one batch size that stays bound to the session: filled, run, and read in place.
+
+    On a card `source`, its own memory, is bound for the pixels: ONNX Runtime would copy them there
+    when they are bound, and never again. A CUDA graph has `sink` bound too, and `options` that name
+    it.
     """
 
     pixels: Pixels
@@ -236,14 +239,17 @@ class Model:
 
     def _bind(self, size: int, classes: int) -> _Bound:
         pixels = host_value(self._device, (size, *self.shape), np.uint8)
-        probabilities = host_value(self._device, (size, classes), np.float32)
+        # Little, and not pinned: what is copied there is there when the run is over.
+        probabilities = ort.OrtValue.ortvalue_from_shape_and_type((size, classes), np.float32)
         binding = self._session.io_binding()
         bound = _Bound(_view(pixels), _view(probabilities), binding)
         bound.pixels[...] = 0
-        if self._replays:
+        if self._device.kind != "cpu":
             pixels = card_value(self._device, (size, *self.shape), np.uint8)
+            bound = bound._replace(source=pixels)
+        if self._replays:
             probabilities = card_value(self._device, (size, classes), np.float32)
-            bound = bound._replace(source=pixels, sink=probabilities, options=_graph(size))
+            bound = bound._replace(sink=probabilities, options=_graph(size))
         binding.bind_ortvalue_input(self.input, pixels)
         binding.bind_ortvalue_output(self.output, probabilities)
         return bound
@@ -361,6 +367,8 @@ class Model:
                 np.copyto(bound.pixels, pixels, casting="no")
             if self._replays:
                 return self._replays.submit(self._replay, bound).result()
+            if bound.source:
+                bound.source.update_inplace(bound.pixels)
             self._session.run_with_iobinding(bound.binding)
         except Exception as error:
             raise InferenceFailed(str(error)) from error

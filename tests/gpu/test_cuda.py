@@ -1,8 +1,10 @@
 """What only a card can show. Run by `make gpu` where there is one; elsewhere all of it is skipped."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -37,8 +39,12 @@ def digits(count: int) -> np.ndarray:
 @pytest.fixture(
     scope="module", params=[(), ("--cuda-graphs",), ("--acceptors", "2", "--engines", "1")]
 )
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    with Server("--device", "cuda", *request.param, models=REPOSITORY / "models") as server:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    models: Path = tmp_path_factory.mktemp("models")
+    shutil.copytree(DIGITS, models / "digits" / "1")
+    with Server("--device", "cuda", *request.param, models=models) as server:
         yield server.ready()
     assert "Traceback" not in server.log
     assert "without CUDA graphs" not in server.log
@@ -112,6 +118,12 @@ def test_graphs_answer_as_the_cpu_does_each_size_for_itself() -> None:
         for size in (*model.sizes, *reversed(model.sizes), 3):
             pixels = np.random.default_rng(size).integers(0, 256, (size, 8, 8, 1), np.uint8)
             np.testing.assert_allclose(model.run(pixels), cpu.run(pixels), atol=COARSE_TOLERANCE)
+
+
+def test_pixels_are_in_pinned_memory(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        load()
+    assert "no pinned memory" not in caplog.text
 
 
 def test_batches_in_two_lanes_keep_apart() -> None:
