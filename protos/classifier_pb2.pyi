@@ -28,16 +28,20 @@ class Pixels(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ...) -> None: ...
 
 class ClassifyRequest(_message.Message):
-    __slots__ = ("model", "version", "images", "top_k")
+    __slots__ = ("model", "version", "images", "top_k", "version_label", "key")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    VERSION_LABEL_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     images: _containers.RepeatedCompositeFieldContainer[Image]
     top_k: int
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., top_k: _Optional[int] = ...) -> None: ...
+    version_label: str
+    key: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., top_k: _Optional[int] = ..., version_label: _Optional[str] = ..., key: _Optional[str] = ...) -> None: ...
 
 class ClassifyResponse(_message.Message):
     __slots__ = ("model", "version", "results", "timings")
@@ -128,7 +132,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "state", "reason", "version", "versions", "labels", "height", "width", "channels", "max_batch_size", "sha256", "device", "accuracy", "variant", "unsure_threshold", "class_thresholds")
+    __slots__ = ("name", "state", "reason", "version", "versions", "labels", "height", "width", "channels", "max_batch_size", "sha256", "device", "accuracy", "variant", "unsure_threshold", "class_thresholds", "version_states", "route", "version_labels", "policy")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
@@ -137,6 +141,13 @@ class Model(_message.Message):
     STATE_UNSPECIFIED: Model.State
     READY: Model.State
     UNAVAILABLE: Model.State
+    class VersionLabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +164,10 @@ class Model(_message.Message):
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     UNSURE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     CLASS_THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_STATES_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_LABELS_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: Model.State
     reason: str
@@ -169,4 +184,106 @@ class Model(_message.Message):
     variant: str
     unsure_threshold: float
     class_thresholds: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., sha256: _Optional[str] = ..., device: _Optional[str] = ..., accuracy: _Optional[float] = ..., variant: _Optional[str] = ..., unsure_threshold: _Optional[float] = ..., class_thresholds: _Optional[_Iterable[float]] = ...) -> None: ...
+    version_states: _containers.RepeatedCompositeFieldContainer[Version]
+    route: Route
+    version_labels: _containers.ScalarMap[str, int]
+    policy: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., sha256: _Optional[str] = ..., device: _Optional[str] = ..., accuracy: _Optional[float] = ..., variant: _Optional[str] = ..., unsure_threshold: _Optional[float] = ..., class_thresholds: _Optional[_Iterable[float]] = ..., version_states: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., version_labels: _Optional[_Mapping[str, int]] = ..., policy: _Optional[str] = ...) -> None: ...
+
+class Route(_message.Message):
+    __slots__ = ("mode", "stable", "candidate", "share")
+    class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        MODE_UNSPECIFIED: _ClassVar[Route.Mode]
+        STABLE: _ClassVar[Route.Mode]
+        CANARY: _ClassVar[Route.Mode]
+        SHADOW: _ClassVar[Route.Mode]
+    MODE_UNSPECIFIED: Route.Mode
+    STABLE: Route.Mode
+    CANARY: Route.Mode
+    SHADOW: Route.Mode
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    STABLE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    mode: Route.Mode
+    stable: int
+    candidate: int
+    share: float
+    def __init__(self, mode: _Optional[_Union[Route.Mode, str]] = ..., stable: _Optional[int] = ..., candidate: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
+
+class Version(_message.Message):
+    __slots__ = ("version", "state", "reason", "created", "sha256", "accuracy", "test_images")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[Version.State]
+        INCOMPLETE: _ClassVar[Version.State]
+        IDLE: _ClassVar[Version.State]
+        LOADING: _ClassVar[Version.State]
+        READY: _ClassVar[Version.State]
+        STANDBY: _ClassVar[Version.State]
+        DRAINING: _ClassVar[Version.State]
+        BROKEN: _ClassVar[Version.State]
+    STATE_UNSPECIFIED: Version.State
+    INCOMPLETE: Version.State
+    IDLE: Version.State
+    LOADING: Version.State
+    READY: Version.State
+    STANDBY: Version.State
+    DRAINING: Version.State
+    BROKEN: Version.State
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    TEST_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    state: Version.State
+    reason: str
+    created: str
+    sha256: str
+    accuracy: float
+    test_images: int
+    def __init__(self, version: _Optional[int] = ..., state: _Optional[_Union[Version.State, str]] = ..., reason: _Optional[str] = ..., created: _Optional[str] = ..., sha256: _Optional[str] = ..., accuracy: _Optional[float] = ..., test_images: _Optional[int] = ...) -> None: ...
+
+class PromoteRequest(_message.Message):
+    __slots__ = ("model", "version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class PromoteResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class RollbackResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("model", "versions")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[str] = ..., versions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...

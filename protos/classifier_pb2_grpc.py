@@ -71,7 +71,7 @@ class ImageClassifierServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """What is served, and what each model expects.
+        """What is served, what each model expects, and what has become of each of its versions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -177,6 +177,180 @@ class ImageClassifier:
             '/convoy.v1.ImageClassifier/ListModels',
             protos_dot_classifier__pb2.ListModelsRequest.SerializeToString,
             protos_dot_classifier__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ModelControlStub:
+    """An operator's word on which version serves. Each order is written to the model's versions.toml, so
+    that it outlives the server, and can as well be given by editing that file. PERMISSION_DENIED unless
+    the server runs with --allow-repository-control. Models are loaded and unloaded by
+    RepositoryModelLoad and RepositoryModelUnload of the Open Inference Protocol.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Promote = channel.unary_unary(
+                '/convoy.v1.ModelControl/Promote',
+                request_serializer=protos_dot_classifier__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=protos_dot_classifier__pb2.PromoteResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/convoy.v1.ModelControl/Rollback',
+                request_serializer=protos_dot_classifier__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=protos_dot_classifier__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/convoy.v1.ModelControl/Pin',
+                request_serializer=protos_dot_classifier__pb2.PinRequest.SerializeToString,
+                response_deserializer=protos_dot_classifier__pb2.PinResponse.FromString,
+                _registered_method=True)
+
+
+class ModelControlServicer:
+    """An operator's word on which version serves. Each order is written to the model's versions.toml, so
+    that it outlives the server, and can as well be given by editing that file. PERMISSION_DENIED unless
+    the server runs with --allow-repository-control. Models are loaded and unloaded by
+    RepositoryModelLoad and RepositoryModelUnload of the Open Inference Protocol.
+    """
+
+    def Promote(self, request, context):
+        """Has a version answer the requests that name none. Ends a canary or shadow. Answered when requests
+        go there; where it can't be loaded or does not prove itself, all stays as it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Goes back: from a canary or shadow to the stable version, else to the version before it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Serves these versions and no others, whatever is published, until others are pinned, or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ModelControlServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=protos_dot_classifier__pb2.PromoteRequest.FromString,
+                    response_serializer=protos_dot_classifier__pb2.PromoteResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=protos_dot_classifier__pb2.RollbackRequest.FromString,
+                    response_serializer=protos_dot_classifier__pb2.RollbackResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=protos_dot_classifier__pb2.PinRequest.FromString,
+                    response_serializer=protos_dot_classifier__pb2.PinResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'convoy.v1.ModelControl', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('convoy.v1.ModelControl', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ModelControl:
+    """An operator's word on which version serves. Each order is written to the model's versions.toml, so
+    that it outlives the server, and can as well be given by editing that file. PERMISSION_DENIED unless
+    the server runs with --allow-repository-control. Models are loaded and unloaded by
+    RepositoryModelLoad and RepositoryModelUnload of the Open Inference Protocol.
+    """
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/convoy.v1.ModelControl/Promote',
+            protos_dot_classifier__pb2.PromoteRequest.SerializeToString,
+            protos_dot_classifier__pb2.PromoteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/convoy.v1.ModelControl/Rollback',
+            protos_dot_classifier__pb2.RollbackRequest.SerializeToString,
+            protos_dot_classifier__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/convoy.v1.ModelControl/Pin',
+            protos_dot_classifier__pb2.PinRequest.SerializeToString,
+            protos_dot_classifier__pb2.PinResponse.FromString,
             options,
             channel_credentials,
             insecure,
