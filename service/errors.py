@@ -17,6 +17,14 @@ class UnknownModel(ConvoyError):
     """No model or version of that name is served here."""
 
 
+class NotAllowed(ConvoyError):
+    """The operator of this server does not let callers do that."""
+
+
+class Unsupported(ConvoyError):
+    """The protocol has it, this server has not."""
+
+
 class Overloaded(ConvoyError):
     """More is waiting than can be taken on: back off for `retry_after_s` seconds, then retry."""
 

@@ -25,6 +25,8 @@ Code = grpc.StatusCode
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: Code.INVALID_ARGUMENT,
     errors.UnknownModel: Code.NOT_FOUND,
+    errors.NotAllowed: Code.PERMISSION_DENIED,
+    errors.Unsupported: Code.UNIMPLEMENTED,
     errors.Overloaded: Code.RESOURCE_EXHAUSTED,
     errors.NotReady: Code.UNAVAILABLE,
     errors.DeadlineExceeded: Code.DEADLINE_EXCEEDED,

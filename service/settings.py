@@ -105,6 +105,10 @@ class Settings:
     """What takes calls: one loop on grpcio's core, or grpcio's public threaded server, with a
     fraction of the throughput. Releases of grpcio that were not tried get the public one."""
 
+    allow_repository_control: bool = False
+    """Take orders over gRPC: which versions are served (RepositoryModelLoad, RepositoryModelUnload,
+    and ModelControl, which `convoy models --server` uses). Whoever can call can then give them."""
+
     tls_certificate: Path | None = None
     """PEM file of the server's certificate chain: gRPC is then served over TLS."""
 
