@@ -189,7 +189,7 @@ def host_value(device: Device, shape: Sequence[int], kind: type) -> ort.OrtValue
     memory = _pinned(device.number or 0, size) if device.kind != "cpu" else None
     if memory is None:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, kind)
-    return ort.OrtValue.ortvalue_from_numpy(np.frombuffer(memory, kind).reshape(shape))
+    return ort.OrtValue.ortvalue_from_numpy(np.frombuffer(memoryview(memory), kind).reshape(shape))
 
 
 def _pinned(number: int, size: int) -> ctypes.Array[ctypes.c_char] | None:
