@@ -5,7 +5,7 @@ Each thread only touches samples of its own: nothing is locked.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -76,6 +76,58 @@ _FAMILIES = {
         "variant was; the log says why.",
         ("model",),
     ),
+    "feedback_images": _Family(
+        "counter",
+        "Images for the feedback folder by outcome: written, busy (left out, as more came than may be "
+        "written), disk (left out, as the folder can't be written to), large (too large to be kept), "
+        "lost (had waited when the process ended, or an error came).",
+        ("model", "outcome"),
+    ),
+    "feedback_bytes": _Family("gauge", "Bytes in the feedback folder.", ()),
+    "feedback_files_deleted": _Family(
+        "counter", "Feedback files deleted as the oldest, to keep the folder within its bound.", ()
+    ),
+    "feedback_failures": _Family(
+        "counter", "Times that the feedback folder could not be written to; the log says why.", ()
+    ),
+    # What drift is told from, see service/drift.py; not shown.
+    "drift_reference": _Family(
+        "bins", "Test images in each bin of the training profile.",
+        ("model", "version", "profile", "feature"),
+    ),
+    "drift_seen": _Family(
+        "bins", "Images answered in each bin of the training profile.",
+        ("model", "version", "profile", "feature"),
+    ),
+    # What it is told as, by `service.drift.Watch`.
+    "drift_images": _Family(
+        "counter", "Images looked at for drift, of those answered.", ("model", "version")
+    ),
+    "drift_window_images": _Family(
+        "gauge", "Images in the last whole window, of which the figures of drift are.",
+        ("model", "version"),
+    ),
+    "drift_psi": _Family(
+        "gauge",
+        "Population stability index of the last window against the training profile, less what "
+        "chance gives.",
+        ("model", "version", "feature"),
+    ),
+    "drift_js": _Family(
+        "gauge",
+        "Jensen-Shannon divergence of the last window from the training profile, in bits, 0 to 1.",
+        ("model", "version", "feature"),
+    ),
+    "drift_p_value": _Family(
+        "gauge",
+        "Chance that a window without drift is as far from the training profile as the last, by the "
+        "chi-square test.",
+        ("model", "version", "feature"),
+    ),
+    "drift_alarm": _Family(
+        "gauge", "1 where the last window drifted, by more than --drift-psi and by more than chance.",
+        ("model", "version", "feature"),
+    ),
     "cpu_budget_cores": _Family("gauge", "Cores that may be used, by cgroup and affinity.", ()),
     "threads": _Family(
         "gauge", "How the cores are shared out: processes and threads by role.", ("role",)
@@ -111,10 +163,13 @@ class Metrics:
 
     def __init__(self) -> None:
         self._numbers: dict[str, dict[Labels, float]] = {
-            name: {} for name, family in _FAMILIES.items() if family.kind != "histogram"
+            name: {} for name, family in _FAMILIES.items() if family.kind in {"counter", "gauge"}
         }
         self._histograms: dict[str, dict[Labels, Histogram]] = {
             name: {} for name, family in _FAMILIES.items() if family.kind == "histogram"
+        }
+        self._bins: dict[str, dict[Labels, list[int]]] = {
+            name: {} for name, family in _FAMILIES.items() if family.kind == "bins"
         }
         self._requests, self._images = self._numbers["requests"], self._numbers["images"]
         self._stages = self._histograms["stage_seconds"]
@@ -152,6 +207,33 @@ class Metrics:
     def fallback(self, model: str, has: bool) -> None:
         self._numbers["model_fallback"][model,] = has
 
+    def feedback(self, model: str, outcome: str, images: int) -> None:
+        if images:
+            _add(self._numbers["feedback_images"], (model, outcome), images)
+
+    def feedback_bytes(self, size: int) -> None:
+        self._numbers["feedback_bytes"][()] = size
+
+    def feedback_deleted(self, files: int) -> None:
+        _add(self._numbers["feedback_files_deleted"], (), files)
+
+    def feedback_failed(self, times: int) -> None:
+        _add(self._numbers["feedback_failures"], (), times)
+
+    def drift(self, labels: Labels, reference: list[int]) -> list[int]:
+        """To be added to: what is seen in each bin, where there were `reference` test images. `labels`:
+        model, version, what tells its profile, and the feature.
+        """
+        self._bins["drift_reference"][labels] = reference
+        return self._bins["drift_seen"].setdefault(labels, [0] * len(reference))
+
+    def forget_drift(self, here: Container[tuple[str, str]]) -> None:
+        """Drops the counts of models and versions that are not `here`."""
+        for bins in self._bins.values():
+            for labels in list(bins):
+                if labels[:2] not in here:
+                    del bins[labels]
+
     def budget(self, budget: Budget) -> None:
         self._numbers["cpu_budget_cores"][()] = budget.cores
         for role in ("acceptors", "engines", "decode_threads", "run_threads"):
@@ -175,6 +257,8 @@ class Metrics:
         taken: Snapshot = {name: list(values.items()) for name, values in self._numbers.items()}
         for name, histograms in self._histograms.items():
             taken[name] = [(k, (list(h.counts), h.sum)) for k, h in list(histograms.items())]
+        for name, bins in self._bins.items():
+            taken[name] = [(labels, (list(counts), 0.0)) for labels, counts in list(bins.items())]
         return taken
 
 
@@ -182,9 +266,17 @@ def _add(numbers: dict[Labels, float], labels: Labels, count: float) -> None:
     numbers[labels] = numbers.get(labels, 0) + count
 
 
-# Gauges of which every process tells the same; of the others, what the processes have is added up.
+# Of these every process tells the same; of the others, what the processes have is added up.
 _SAME = frozenset(
-    {"model_info", "model_broken_versions", "model_fallback", "cpu_budget_cores", "threads"}
+    {
+        "model_info",
+        "model_broken_versions",
+        "model_fallback",
+        "cpu_budget_cores",
+        "threads",
+        "feedback_bytes",
+        "drift_reference",
+    }
 )
 
 
@@ -197,13 +289,15 @@ def merge(snapshots: Iterable[Snapshot], dead: Iterable[Snapshot] = ()) -> Snaps
     for snapshot, alive in tagged:
         for name, values in snapshot.items():
             family, into = _FAMILIES[name], total[name]
-            if family.kind == "gauge" and not alive:
+            if not alive and (family.kind == "gauge" or name in _SAME):
                 continue
             for each, value in values:
                 labels = tuple(each)
                 if isinstance(value, (int, float)):
                     known = into.get(labels, 0)
                     into[labels] = max(known, value) if name in _SAME else known + value
+                elif name in _SAME:
+                    into[labels] = value
                 else:
                     counts, sum_ = into.get(labels, ([0] * len(value[0]), 0.0))
                     added = [a + b for a, b in zip(counts, value[0], strict=True)]
@@ -221,6 +315,8 @@ class _Convoy(Collector):
         for name, values in self._snapshot().items():
             family = _FAMILIES[name]
             full = f"convoy_{name}"
+            if family.kind == "bins":
+                continue
             if family.kind == "histogram":
                 histogram = HistogramMetricFamily(full, family.help, labels=family.labels)
                 for labels, value in values:

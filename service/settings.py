@@ -19,6 +19,7 @@ Count = Annotated[int, Parameter(validator=Number(gte=1))]
 CountOrAuto = Annotated[int, Parameter(validator=Number(gte=0))]
 Positive = Annotated[float, Parameter(validator=Number(gt=0))]
 Seconds = Annotated[float, Parameter(validator=Number(gte=0))]
+Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
 # A protobuf uint32 and uint64 hold these and more; so many labels or versions nobody has.
 Labels = Annotated[int, Parameter(validator=Number(gte=1, lt=2**31))]
 Version = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
@@ -108,6 +109,31 @@ class Settings:
     allow_repository_control: bool = False
     """Take orders over gRPC: which versions are served (RepositoryModelLoad, RepositoryModelUnload,
     and ModelControl, which `convoy models --server` uses). Whoever can call can then give them."""
+
+    feedback: Path | None = None
+    """Folder in which images and their answers are kept, to be labelled and trained on: all that were
+    answered as unsure, and a share of the others. Off where none is named; needs pyarrow. Read
+    docs/feedback.md before you keep what is not yours."""
+
+    feedback_share: Share = 0.01
+    """Share of requests, chosen by chance, whose images are kept though they are not unsure."""
+
+    feedback_mb: Positive = 1000.0
+    """Megabytes (10^6 bytes) that the feedback folder may have: beyond, the oldest is deleted."""
+
+    feedback_rotate_s: Positive = 60.0
+    """How long an image may wait in memory until a file is written; sooner where many wait."""
+
+    drift_images_per_s: Annotated[float, Parameter(validator=Number(gte=0))] = 100.0
+    """Images a second, of each version in each process, that are held against the version's training
+    profile (docs/drift.md); 0 for none."""
+
+    drift_window: Count = 1000
+    """Images that are compared with the profile at a time; more where there are over 100 classes, ten
+    for each."""
+
+    drift_psi: Positive = 0.25
+    """Population stability index from which on a feature alarms, where chance does not explain it."""
 
     tls_certificate: Path | None = None
     """PEM file of the server's certificate chain: gRPC is then served over TLS."""
