@@ -191,6 +191,16 @@ def versions(model: Path) -> list[int]:
     return sorted(int(f.name) for f in model.iterdir() if _VERSION.fullmatch(f.name) and f.is_dir())
 
 
+def is_name(text: str) -> bool:
+    """Whether this can be the name of a model, or of a file in a version."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_version(text: str) -> bool:
+    """Whether this can be the name of a version's folder."""
+    return _VERSION.fullmatch(text) is not None
+
+
 def check_name(name: str) -> None:
     """Raises ConvoyError where `name` can't be the name of a model."""
     if not _NAME.fullmatch(name):

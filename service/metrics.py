@@ -4,6 +4,7 @@ Times are in seconds, sizes in bytes. Label values come from what is served, nev
 Each thread only touches samples of its own: nothing is locked.
 """
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -132,6 +133,21 @@ _FAMILIES = {
     "threads": _Family(
         "gauge", "How the cores are shared out: processes and threads by role.", ("role",)
     ),
+    "store_last_sync_timestamp_seconds": _Family(
+        "gauge",
+        "When the cache last held all that is wanted of the object store, in seconds since 1970.", (),
+    ),
+    "store_errors": _Family(
+        "counter",
+        "What went wrong with the object store: store (not to be reached), denied, corrupt (a file is "
+        "not what its manifest says), disk (the cache has no room).",
+        ("kind",),
+    ),
+    "store_fetched_bytes": _Family("counter", "Bytes of models fetched from the object store.", ()),
+    "store_waiting_versions": _Family(
+        "gauge",
+        "Versions in the object store that are incomplete, or can't be taken; the log says why.", (),
+    ),
     "process_starts": _Family(
         "counter", "Starts of each of the processes; over 1, one has died and was replaced.",
         ("process",),
@@ -241,6 +257,23 @@ class Metrics:
 
     def process_started(self, process: str) -> None:
         _add(self._numbers["process_starts"], (process,), 1)
+
+    def store_begins(self) -> None:
+        for kind in ("store", "denied", "corrupt", "disk"):
+            self.store_error(kind, 0)
+        self.store_fetched(0)
+
+    def store_synced(self) -> None:
+        self._numbers["store_last_sync_timestamp_seconds"][()] = time.time()
+
+    def store_error(self, kind: str, count: int = 1) -> None:
+        _add(self._numbers["store_errors"], (kind,), count)
+
+    def store_fetched(self, bytes: int) -> None:
+        _add(self._numbers["store_fetched_bytes"], (), bytes)
+
+    def store_waiting(self, versions: int) -> None:
+        self._numbers["store_waiting_versions"][()] = versions
 
     def _histogram(self, name: str, labels: Labels) -> Histogram:
         histograms = self._histograms[name]

@@ -1,0 +1,734 @@
+"""Models in an object store (S3, Google Cloud Storage, Azure), mirrored into a folder that is served.
+
+A thread looks at what the store lists, every few seconds, and brings the versions that are wanted into
+the folder: one rename each, after every file was held against the manifest's sha256. It keeps no state
+that a lost folder would not bring back, and never waits for anything but its own requests: who serves
+from the folder does not notice whether the store is there.
+
+<folder>/<name>/<version>/           as `bundle` describes it, whole
+<folder>/<name>/versions.toml        the policy, which goes both ways
+<folder>/.store/incoming/<name>/...  versions on their way
+<folder>/.store/policies/<name>.toml the policies that were last the same on both sides
+<folder>/.store/lock                 held by the one process that keeps this folder up to date
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import from_url
+
+from service import bundle as bundles
+from service.bundle import MANIFEST, Manifest
+from service.errors import BrokenVersion, ConvoyError
+from service.metrics import Metrics
+
+POLICY = "versions.toml"
+_PRIVATE = ".store"
+# Beside its files: whose number this is, before any of them is there.
+_CLAIM = "publishing"
+
+# Files come in pieces: each is a request of its own, with its own retries, and between two there is
+# time for what is more urgent. A link that does not carry one in `_REQUEST_S` is too slow.
+_PIECE_BYTES, _REQUEST_S, _SILENCE_S, _CONNECT_S = 4 << 20, 120.0, 20.0, 5.0
+# Within a request, for what passes by itself in a moment; outages are for the thread to sit out.
+_RETRIES, _RETRIES_S = 3, 15.0
+_LONGEST_RETRY_S = 60.0
+# Versions that can't be had: wrong bytes, no room, no permission.
+_VERSION_RETRY_S, _LONGEST_VERSION_RETRY_S = 5.0, 300.0
+# How long a start waits for the store where the folder has something to serve.
+_FIRST_LOOK_S = 10.0
+_TELL_S = 10.0
+
+log = logging.getLogger("convoy.store")
+
+Key = tuple[str, int]
+
+
+class Source(Protocol):
+    """What of `obstore`'s stores is used: each of them, the one in memory too, is one."""
+
+    def list(self) -> Any: ...
+
+    def get(self, path: str, *, options: Any = None) -> Any: ...
+
+    def put(self, path: str, file: Any, *, mode: Any = None) -> Any: ...
+
+    def delete(self, paths: str) -> None: ...
+
+
+def open_source(url: str) -> Source:
+    """The store of an `s3://`, `gs://` or `az://` URL, with the credentials that the environment has
+    for it; asks nothing yet. Raises ConvoyError.
+    """
+    try:
+        return from_url(
+            url,
+            client_options={
+                # Not that it would be used: an endpoint whose URL says http is.
+                "allow_http": True,
+                "connect_timeout": timedelta(seconds=_CONNECT_S),
+                "read_timeout": timedelta(seconds=_SILENCE_S),
+                "timeout": timedelta(seconds=_REQUEST_S),
+            },
+            retry_config={
+                "max_retries": _RETRIES,
+                "retry_timeout": timedelta(seconds=_RETRIES_S),
+                "backoff": {
+                    "init_backoff": timedelta(seconds=0.1),
+                    "max_backoff": timedelta(seconds=2),
+                    "base": 2,
+                },
+            },
+        )
+    except (BaseError, ValueError) as error:
+        raise ConvoyError(f"{url}: {_words(error)}") from error
+
+
+def cache_folder(url: str, caches: Path) -> Path:
+    """Where in `caches` the models of this URL lie: each URL has a folder of its own."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", url).strip("-")[:80]
+    return caches / f"{plain}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+class _Object(NamedTuple):
+    path: str
+    size: int
+    # Another one where its bytes are others.
+    id: str
+    # What a conditional put must be told.
+    update: dict[str, str]
+
+
+class _Listing(NamedTuple):
+    # Model -> version -> the files in it.
+    versions: dict[str, dict[int, dict[str, _Object]]]
+    policies: dict[str, _Object]
+
+
+class _Kept(NamedTuple):
+    """A version in the folder that was verified: against which manifest, and how its files were."""
+
+    manifest: str
+    files: tuple[tuple[str, int, int], ...]
+
+
+@dataclass
+class _Try:
+    """What came of trying to get something; until `at`, while it is what it was, not again."""
+
+    what: object
+    failures: int = 0
+    at: float = 0.0
+    reason: str = ""
+
+
+class _Refused(Exception):
+    """What can't be had now, though the store answers. `kind` is for the metric."""
+
+    def __init__(self, kind: str, words: str) -> None:
+        super().__init__(words)
+        self.kind = kind
+
+
+class _Waiting(Exception):
+    """A version that is not there completely; nothing is wrong."""
+
+
+class _Closed(Exception):
+    pass
+
+
+class _Changed(Exception):
+    """What was being fetched has become something else: the next look sees what."""
+
+
+class Store:
+    """The models under a URL, kept in `folder` by a thread from `start` to `close`."""
+
+    def __init__(
+        self,
+        url: str,
+        folder: Path,
+        metrics: Metrics,
+        *,
+        watch_s: float,
+        newest: int,
+        source: Source | None = None,
+        piece_bytes: int = _PIECE_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`newest`: so many versions of each model are brought, and those that its policy names.
+
+        Raises ConvoyError where the URL or the credentials are no such thing, or the disk refuses.
+        """
+        self.url, self.folder = url, folder
+        # Versions that are loaded: they stay while they are, whatever the store lists.
+        self.in_use: Callable[[], Collection[Key]] = frozenset
+        self._metrics, self._watch_s, self._newest = metrics, watch_s, newest
+        self._source = source or open_source(url)
+        self._piece_bytes, self._clock = piece_bytes, clock
+        self._incoming = folder / _PRIVATE / "incoming"
+        self._policies = folder / _PRIVATE / "policies"
+        try:
+            for each in (self._incoming, self._policies):
+                each.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / _PRIVATE / "lock").open("a")
+        except OSError as error:
+            raise ConvoyError(
+                f"the cache for {url} can't be made in {folder}: {error.strerror}: "
+                "see --models-cache"
+            ) from error
+        self._held = False
+        self._kept: dict[Key, _Kept] = {}
+        self._tries: dict[Key | str, _Try] = {}
+        # The ids of policies whose bytes are those in `_policies`.
+        self._known_policies: dict[str, str] = {}
+        self._looked = 0.0
+        self._closed, self._first = threading.Event(), threading.Event()
+        self._failure = ""
+        self._thread = threading.Thread(target=self._work, name="store", daemon=True)
+        metrics.store_begins()
+
+    # What others ask.
+
+    def start(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Begins, and waits until the folder has a version of every model that the store has; or, where
+        there is something to serve in it, until the store has failed or kept it waiting too long.
+
+        Raises ConvoyError where there is nothing, and the store can't be asked.
+        """
+        self._thread.start()
+        since = self._clock()
+        while not self._first.wait(0.1) and not stopping():
+            if self._clock() - since > _FIRST_LOOK_S and bundles.names(self.folder):
+                log.warning(
+                    "%s has not answered in %g s: going on with what is in %s",
+                    self.url, _FIRST_LOOK_S, self.folder,
+                )  # fmt: skip
+                return
+        if not bundles.names(self.folder) and not stopping():
+            waiting = [
+                f"{name}/{version}: {why}" for (name, version), why in self.waiting().items()
+            ]
+            why = self._failure or f"{self.url} has no model: {'; '.join(waiting) or 'it is empty'}"
+            raise ConvoyError(f"{why}; and there is none of it in {self.folder} yet")
+
+    def close(self) -> None:
+        """Ends the thread soon; a version on its way is gone on with next time."""
+        self._closed.set()
+        self._thread.join(1.0)
+
+    def waiting(self) -> dict[Key, str]:
+        """Versions that the store has, but not so that they could be served, and why."""
+        tries = list(self._tries.items())
+        return {key: each.reason for key, each in tries if isinstance(key, tuple) and each.reason}
+
+    # The thread.
+
+    def _work(self) -> None:
+        # Threads begun by this one inherit it, `obstore`'s too: serving comes first.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        failures = 0
+        while not self._closed.is_set():
+            try:
+                self.look()
+                if failures:
+                    log.info("%s is there again", self.url)
+                failures, self._failure = 0, ""
+                # So that many replicas do not ask at once.
+                delay_s = self._watch_s * random.uniform(0.9, 1.1)
+            except _Closed:
+                return
+            # A panic in `obstore` is no Exception, and must not end this thread either.
+            except BaseException as error:
+                failures += 1
+                unforeseen = None if isinstance(error, BaseError | ConvoyError | OSError) else error
+                delay_s = _jittered(self._watch_s, failures, _LONGEST_RETRY_S)
+                self._metrics.store_error("disk" if isinstance(error, OSError) else "store")
+                self._failure = f"{self.url} can't be read: {_words(error)}"
+                log.warning(
+                    "%s; going on with what is in %s, the next try is in %.1f s",
+                    self._failure, self.folder, delay_s, exc_info=unforeseen,
+                )  # fmt: skip
+            self._first.set()
+            self._closed.wait(delay_s)
+
+    def look(self) -> None:
+        """Looks once, and brings what is wanted. Raises what obstore raises, OSError, ConvoyError."""
+        if not self._hold():
+            return
+        listing = self._list()
+        if not listing.versions and bundles.names(self.folder):
+            # An empty bucket is more likely a mistake than an order to remove everything.
+            raise ConvoyError("it has no models: those in the cache are kept")
+        self._sync_policies(listing)
+        tried: set[Key] = set()
+        bringing = [self._bring(name, listing, tried) for name in sorted(listing.versions)]
+        # One of each model, then a second of each.
+        while bringing := [each for each in bringing if next(each, False)]:
+            self._first.set()
+        self._clean(listing, tried)
+        failed = False
+        for key, each in list(self._tries.items()):
+            if isinstance(key, tuple) and key not in tried:
+                del self._tries[key]
+            failed |= bool(each.failures)
+        self._metrics.store_waiting(len(self.waiting()))
+        if not failed:
+            self._metrics.store_synced()
+
+    def _hold(self) -> bool:
+        """Whether this process is the one that keeps the folder up to date."""
+        if not self._held:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not self._first.is_set():
+                    log.info("another process keeps %s up to date", self.folder)
+                return False
+            self._held = True
+        return True
+
+    def _list(self) -> _Listing:
+        listing = _sort(self._source.list().collect())
+        self._looked = self._clock()
+        return listing
+
+    def _bring(self, name: str, listing: _Listing, tried: set[Key]) -> Iterator[bool]:
+        """Brings the wanted versions of a model, the most wanted first; yields after each that is whole
+        in the folder.
+        """
+        versions = listing.versions[name]
+        least, named = _named(_read(self.folder / name / POLICY))
+        order = sorted(versions, key=lambda version: (version in named, version), reverse=True)
+        newest = 0
+        for version in order:
+            if version not in named and newest >= max(least, self._newest):
+                return
+            tried.add((name, version))
+            if self._have((name, version), versions[version]):
+                newest += version not in named
+                yield True
+
+    def _have(self, key: Key, files: dict[str, _Object]) -> bool:
+        """Whether the version is whole in the folder, fetched if need be."""
+        folder, before = self._place(key), self._kept.get(key)
+        there = before is not None and before.files == _stats(folder)
+        manifest = files.get(MANIFEST)
+        if there and before and manifest and before.manifest == manifest.id:
+            self._tries.pop(key, None)
+            return True
+        what = sorted((name, each.id, each.size) for name, each in files.items())
+        last = self._tries.get(key)
+        if last is None or last.what != what:
+            last = self._tries[key] = _Try(what)
+        elif last.at > self._clock():
+            return there
+        try:
+            self._bring_up_to_date(key, files)
+        except _Waiting as reason:
+            last.at = math.inf  # until something in it changes
+            if last.reason != str(reason):
+                log.info("%s/%d in %s waits: %s", *key, self.url, reason)
+            last.reason = str(reason)
+        # What is listed and not there has been removed since; or it is our folder that has.
+        except (_Changed, FileNotFoundError, PreconditionError) as error:
+            log.info("%s/%d has changed while it was fetched: %s", *key, _words(error))
+        except (_Refused, OSError, PermissionDeniedError, UnauthenticatedError) as error:
+            self._failed(last, f"{key[0]}/{key[1]}", error)
+            if isinstance(error, OSError):  # what it has written takes room that others need
+                shutil.rmtree(self._incoming_place(key), ignore_errors=True)
+        else:
+            del self._tries[key]
+            return True
+        return there
+
+    def _failed(self, last: _Try, what: str, error: Exception) -> None:
+        kind = "disk" if isinstance(error, OSError) else "denied"
+        if isinstance(error, _Refused):
+            kind = error.kind
+        last.failures += 1
+        last.reason = _words(error)
+        delay_s = _jittered(_VERSION_RETRY_S, last.failures, _LONGEST_VERSION_RETRY_S)
+        last.at = self._clock() + delay_s
+        self._metrics.store_error(kind)
+        log.error(
+            "%s of %s is not taken: %s; the next try is in %.0f s",
+            what, self.url, last.reason, delay_s,
+        )  # fmt: skip
+
+    def _bring_up_to_date(self, key: Key, files: dict[str, _Object]) -> None:
+        if MANIFEST not in files:
+            raise _Waiting(f"{MANIFEST} is not there yet")
+        listed, folder = files[MANIFEST], self._place(key)
+        data = self._get_twice(listed)
+        if not self._is(folder, data):
+            self._fetch(key, files, data)
+        self._kept[key] = _Kept(listed.id, _stats(folder))
+
+    def _is(self, folder: Path, manifest: bytes) -> bool:
+        """Whether the version in `folder` is whole, and this is its manifest."""
+        if _read(folder / MANIFEST) != manifest:
+            return False
+        try:
+            listed = bundles.read_manifest(folder).files
+            return all(_sha256(folder / name) == file.sha256 for name, file in listed.items())
+        except (BrokenVersion, FileNotFoundError):
+            return False
+
+    def _fetch(self, key: Key, files: dict[str, _Object], data: bytes) -> None:
+        """Puts the version with this manifest into the folder, in place of what is there under its
+        number.
+        """
+        incoming = self._incoming_place(key)
+        manifest = self._begin(incoming, data)
+        for name, file in manifest.files.items():
+            there = files[name].size if name in files else None
+            if there != file.bytes:
+                said = "is not there yet" if there is None else f"has {there} of {file.bytes} bytes"
+                raise _Waiting(f"{name} {said}")
+        for left in incoming.iterdir():
+            if left.name not in manifest.files and left.name != MANIFEST:
+                left.unlink()
+        self._check_room(incoming, manifest)
+        log.info(
+            "fetching %s/%d of %s, %.1f MB",
+            *key, self.url, sum(file.bytes for file in manifest.files.values()) / 1e6,
+        )  # fmt: skip
+        for name, file in manifest.files.items():
+            self._fetch_file(key, files, files[name], incoming / name, file.sha256)
+        _sync(incoming)
+        place = self._place(key)
+        place.parent.mkdir(exist_ok=True)
+        self._discard(place)
+        incoming.rename(place)
+        _sync(place.parent)
+        log.info("%s/%d of %s is in %s", *key, self.url, place)
+
+    def _begin(self, incoming: Path, data: bytes) -> Manifest:
+        """The folder of a version on its way, with its manifest. Raises _Refused."""
+        incoming.mkdir(parents=True, exist_ok=True)
+        with (incoming / MANIFEST).open("wb") as file:
+            file.write(data)
+            _flush(file)
+        try:
+            return bundles.read_manifest(incoming)
+        except BrokenVersion as error:
+            raise _Refused("corrupt", str(error)) from error
+
+    def _check_room(self, incoming: Path, manifest: Manifest) -> None:
+        there = sum(each.stat().st_size for each in incoming.iterdir() if each.name != MANIFEST)
+        missing = sum(file.bytes for file in manifest.files.values()) - there
+        free = shutil.disk_usage(self.folder).free
+        if missing > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"no room: {missing / 1e6:.1f} MB are wanted, {free / 1e6:.1f} MB are free",
+            )
+
+    def _fetch_file(
+        self, key: Key, files: dict[str, _Object], there: _Object, to: Path, sha256: str
+    ) -> None:
+        """Goes on where an earlier try has ended. Raises _Refused where the bytes are wrong."""
+        digest, done = hashlib.sha256(), 0
+        began = told = self._clock()
+        with to.open("a+b") as file:
+            file.seek(0)
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+                done += len(piece)
+            while done < there.size:
+                self._between(key, files)
+                end = min(done + self._piece_bytes, there.size)
+                piece = self._get(there, done, end)
+                digest.update(piece)
+                file.write(piece)
+                done += len(piece)
+                self._metrics.store_fetched(len(piece))
+                now = self._clock()
+                if now - told > _TELL_S:
+                    told = now
+                    log.info(
+                        "%s/%d: %s: %.0f of %.0f MB in %.0f s",
+                        *key, to.name, done / 1e6, there.size / 1e6, now - began,
+                    )  # fmt: skip
+            _flush(file)
+        if digest.hexdigest() != sha256:
+            to.unlink()
+            raise _Refused("corrupt", f"{there.path}: its sha256 is not the manifest's")
+
+    def _between(self, key: Key, files: dict[str, _Object]) -> None:
+        """Between two pieces: whether to go on, and what can't wait until a large version is here."""
+        if self._closed.is_set():
+            raise _Closed
+        if self._clock() - self._looked > self._watch_s:
+            listing = self._list()
+            self._sync_policies(listing)
+            name, version = key
+            if listing.versions.get(name, {}).get(version) != files:
+                raise _Changed("its files are others now")
+
+    def _get(self, there: _Object, start: int = 0, end: int | None = None) -> bytes:
+        options = None if end is None else {"range": (start, end)}
+        data = bytes(self._source.get(there.path, options=options).bytes())
+        if end is not None and len(data) != end - start:
+            raise _Changed(f"{there.path} is shorter than listed")
+        return data
+
+    def _get_twice(self, there: _Object) -> bytes:
+        """Of what no checksum is known, so that it must at least be the same twice. Raises _Refused."""
+        data = self._get(there)
+        if self._get(there) != data:
+            raise _Refused("corrupt", f"{there.path} has other bytes each time")
+        return data
+
+    # What goes.
+
+    def _clean(self, listing: _Listing, tried: set[Key]) -> None:
+        """Removes what nobody wants any more, after what takes its place has come."""
+        in_use = set(self.in_use())
+        for name in bundles.names(self.folder):
+            there = {(name, version) for version in bundles.versions(self.folder / name)}
+            wanted = there & tried
+            if not wanted and name in listing.versions:
+                continue  # what should take its place can't be had
+            for key in sorted(there - wanted - in_use):
+                log.info("removing %s/%d from %s: it is not wanted any more", *key, self.folder)
+                self._discard(self._place(key))
+                self._kept.pop(key, None)
+            if not bundles.versions(self.folder / name):
+                self._discard(self.folder / name)
+                (self._policies / f"{name}.toml").unlink(missing_ok=True)
+                self._known_policies.pop(name, None)
+        for left in self._incoming.glob("*/*"):
+            if (left.parent.name, int(left.name)) not in tried:
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _discard(self, folder: Path) -> None:
+        """It is gone at once, or not at all."""
+        aside = self.folder / _PRIVATE / "gone"
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _place(self, key: Key) -> Path:
+        return self.folder / key[0] / str(key[1])
+
+    def _incoming_place(self, key: Key) -> Path:
+        return self._incoming / key[0] / str(key[1])
+
+    # Policies.
+
+    def _sync_policies(self, listing: _Listing) -> None:
+        for name in {*listing.versions, *bundles.names(self.folder)}:
+            last = self._tries.setdefault(name, _Try(None))
+            try:
+                self._sync_policy(name, listing.policies.get(name), last)
+            except (PreconditionError, AlreadyExistsError, FileNotFoundError) as error:
+                log.info("%s/%s has changed at the same time: %s", name, POLICY, _words(error))
+                self._known_policies.pop(name, None)
+            except (_Refused, PermissionDeniedError, UnauthenticatedError, OSError) as error:
+                self._failed(last, f"{name}/{POLICY}", error)
+
+    def _sync_policy(self, name: str, there: _Object | None, last: _Try) -> None:
+        """Where only one side's policy has changed since both were the same, the other gets it; where
+        both have, the store's counts.
+        """
+        path, same_path = self.folder / name / POLICY, self._policies / f"{name}.toml"
+        ours, same = _read(path), _read(same_path)
+        what = (ours, there and there.id)
+        if last.what != what:
+            last.what, last.failures, last.at = what, 0, 0.0
+        elif last.at > self._clock():
+            return
+        theirs = same
+        if there is None:
+            theirs = None
+        elif there.id != self._known_policies.get(name) or same is None:
+            theirs = self._get_twice(there)
+        if theirs != same:
+            if ours not in (same, theirs, None):
+                log.warning("%s was changed here and in %s: the store's counts", path, self.url)
+            _replace(path, theirs)
+            _replace(same_path, theirs)
+            log.info("%s is now the store's: %s", path, _one_line(theirs))
+        elif ours is None:
+            _replace(path, theirs)
+        elif ours != same:
+            there = self._put_policy(f"{name}/{POLICY}", ours, there)
+            _replace(same_path, ours)
+            log.info("%s is now in the store, too: %s", path, _one_line(ours))
+        if there:
+            self._known_policies[name] = there.id
+        last.failures, last.reason = 0, ""
+
+    def _put_policy(self, path: str, data: bytes, there: _Object | None) -> _Object:
+        mode: Any = there.update if there and there.update else "overwrite" if there else "create"
+        try:
+            written = self._source.put(path, data, mode=mode)
+        except NotSupportedError:  # a store without conditions: the last who writes counts
+            written = self._source.put(path, data, mode="overwrite")
+        return _Object(path, len(data), written["e_tag"] or "", {})
+
+
+def _sort(objects: Iterable[Any]) -> _Listing:
+    """What of the objects in a store are versions and policies; others are none of ours."""
+    listing = _Listing({}, {})
+    for meta in objects:
+        update = {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}
+        each = _Object(
+            meta["path"],
+            meta["size"],
+            meta.get("e_tag") or meta["last_modified"].isoformat(),
+            update,
+        )
+        match each.path.split("/"):
+            case [name, file] if file == POLICY and bundles.is_name(name):
+                listing.policies[name] = each
+            case [name, version, file] if bundles.is_name(name) and bundles.is_version(version):
+                listing.versions.setdefault(name, {}).setdefault(int(version), {})[file] = each
+    return listing
+
+
+def _named(policy: bytes | None) -> tuple[int, set[int]]:
+    """How many of the newest versions a policy wants served, and which versions it names; nothing
+    where it can't be read, which others report.
+    """
+    try:
+        said = tomllib.loads((policy or b"").decode())
+    except ValueError:
+        return 0, set()
+    serve, labels = said.get("serve"), said.get("labels")
+    named = [*(serve if isinstance(serve, list) else [])]
+    named += labels.values() if isinstance(labels, dict) else []
+    least = serve if isinstance(serve, int) else 0
+    return least, {version for version in named if isinstance(version, int)}
+
+
+def _jittered(first_s: float, failures: int, longest_s: float) -> float:
+    """How long to wait after so many failures in a row: twice as long each time, up to the longest, of
+    which a random half is taken off, so that those who failed together do not come back together
+    (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: "equal jitter").
+    """
+    return min(longest_s, first_s * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1)
+
+
+def _words(error: BaseException) -> str:
+    """The first line of what it says, without what URLs are signed with."""
+    first = (str(error) or repr(error)).partition("\n")[0]
+    if isinstance(error, OSError) and error.strerror:
+        first = error.strerror
+    return re.sub(r"\?[^\s\"']*", "", first)[:300]
+
+
+def _one_line(policy: bytes | None) -> str:
+    return "none" if policy is None else " ".join(policy.decode(errors="replace").split())[:300]
+
+
+def _stats(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    try:
+        return tuple(
+            sorted(
+                (entry.name, stat.st_size, stat.st_mtime_ns)
+                for entry in os.scandir(folder)
+                for stat in [entry.stat()]
+            )
+        )
+    except FileNotFoundError:
+        return ()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _replace(path: Path, data: bytes | None) -> None:
+    """Has the file hold these bytes, or be none, at once."""
+    if data is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("wb") as file:
+        file.write(data)
+        _flush(file)
+    beside.replace(path)
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(folder: Path, url: str, source: Source | None = None) -> int:
+    """Puts the version in `folder`, models/<name>/<version>, into the store under its model's name, as
+    its next version, whose number is returned. Every file is verified first, the manifest goes last.
+
+    Raises ConvoyError, BrokenVersion.
+    """
+    store = source or open_source(url)
+    bundle = bundles.read(folder)
+    try:
+        listed = _sort(store.list().collect()).versions.get(bundle.name, {})
+        for version in itertools.count(max(listed, default=0) + 1):
+            there = f"{bundle.name}/{version}"
+            try:
+                # Whoever has made this has the number: the others' would mix with our files.
+                store.put(f"{there}/{_CLAIM}", b"", mode="create")
+            except AlreadyExistsError:
+                continue
+            except NotSupportedError:
+                pass
+            for name in [*bundle.manifest.files, MANIFEST]:
+                store.put(f"{there}/{name}", folder / name)
+            store.delete(f"{there}/{_CLAIM}")
+            return version
+    except (BaseError, OSError) as error:
+        raise ConvoyError(
+            f"{folder} could not be published to {url}: {_words(error)}; "
+            "without its manifest nobody takes it for a version"
+        ) from error
+    raise AssertionError
