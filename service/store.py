@@ -49,8 +49,9 @@ from service.metrics import Metrics
 
 POLICY = "versions.toml"
 _PRIVATE = ".store"
-# Beside its files: whose number this is, before any of them is there.
-_CLAIM = "publishing"
+# Who has made this in a version has its number: no other version that is published gets it. It stays,
+# as someone may have listed the store before.
+_CLAIM = "claimed"
 
 # Files come in pieces: each is a request of its own, with its own retries, and between two there is
 # time for what is more urgent. A link that does not carry one in `_REQUEST_S` is too slow.
@@ -77,8 +78,6 @@ class Source(Protocol):
     def get(self, path: str, *, options: Any = None) -> Any: ...
 
     def put(self, path: str, file: Any, *, mode: Any = None) -> Any: ...
-
-    def delete(self, paths: str) -> None: ...
 
 
 def open_source(url: str) -> Source:
@@ -241,7 +240,10 @@ class Store:
     def close(self) -> None:
         """Ends the thread soon; a version on its way is gone on with next time."""
         self._closed.set()
-        self._thread.join(1.0)
+        if self._thread.is_alive():
+            self._thread.join(1.0)
+        if not self._thread.is_alive():  # else a request holds it up, and the lock is still its own
+            self._lock.close()
 
     def waiting(self) -> dict[Key, str]:
         """Versions that the store has, but not so that they could be served, and why."""
@@ -716,7 +718,6 @@ def publish(folder: Path, url: str, source: Source | None = None) -> int:
         for version in itertools.count(max(listed, default=0) + 1):
             there = f"{bundle.name}/{version}"
             try:
-                # Whoever has made this has the number: the others' would mix with our files.
                 store.put(f"{there}/{_CLAIM}", b"", mode="create")
             except AlreadyExistsError:
                 continue
@@ -724,7 +725,6 @@ def publish(folder: Path, url: str, source: Source | None = None) -> int:
                 pass
             for name in [*bundle.manifest.files, MANIFEST]:
                 store.put(f"{there}/{name}", folder / name)
-            store.delete(f"{there}/{_CLAIM}")
             return version
     except (BaseError, OSError) as error:
         raise ConvoyError(
