@@ -132,7 +132,7 @@ class Settings:
     """Images that are compared with the profile at a time; more where there are over 100 classes, ten
     for each."""
 
-    drift_psi: Positive = 0.25
+    drift_psi: Positive = 0.2
     """Population stability index from which on a feature alarms, where chance does not explain it."""
 
     tls_certificate: Path | None = None

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service import bundle as bundles
+from service import profile
 from service.bundle import (
     Bundle,
     Golden,
@@ -30,6 +31,7 @@ from service.bundle import (
 from service.errors import BrokenVersion, ConvoyError, InferenceFailed
 from service.images import Pixels
 from service.model import Model
+from service.profile import Profile
 from training.data import Dataset, Split
 from training.evaluate import (
     ROUNDING,
@@ -46,6 +48,7 @@ from training.evaluate import (
     mcnemar,
     score_answers,
     strangers,
+    sure,
 )
 from training.settings import TrainingSettings
 
@@ -665,11 +668,21 @@ def manifest(
         evaluation=asdict(evaluation),
         training={
             **training,
+            "profile": asdict(_profile(findings, data.test)),
             "gate": [asdict(check) for check in verdict.checks],
             "compared": verdict.compared and asdict(verdict.compared),
         },
         provenance=provenance(),
     )
+
+
+def _profile(findings: Findings, test: Split) -> Profile:
+    """What the test images look like and what the float32 graph says, for `service.drift`."""
+    given, thresholds = findings.probabilities, findings.thresholds
+    assert given is not None
+    unsure = None if thresholds is None else ~sure(given, thresholds)
+    sizes = [profile.size_of(test.encoded(position)) for position in range(len(test))]
+    return profile.make(test.inputs, given, unsure, sizes)
 
 
 def publish(

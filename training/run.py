@@ -243,7 +243,6 @@ def _story(
                 ("train", data.train), ("validation", data.validation), ("test", data.test),
             )
         },
-        "profile": _profile(data.train),
         "epochs": [asdict(epoch) for epoch in fitted.epochs],
         "best_epoch": fitted.best_epoch,
         "precision": fitted.precision,
@@ -253,23 +252,6 @@ def _story(
         "flops": 3 * flops * len(data.train) * len(fitted.epochs),
         "machine": machine(),
     }  # fmt: skip
-
-
-def _profile(split: Split) -> dict[str, Any]:
-    """What training images look like: how bright and of what contrast they are, 0 to 255, in shares of
-    a hundredth. What is served later can be held against it.
-    """
-    brightness = np.empty(len(split), np.float32)
-    contrast = np.empty(len(split), np.float32)
-    for start in range(0, len(split), 256):
-        chunk = split.inputs[start : start + 256].reshape(-1, split.inputs[0].size)
-        brightness[start : start + 256] = chunk.mean(axis=1)
-        contrast[start : start + 256] = chunk.std(axis=1)
-    shares = np.linspace(0, 1, 101)
-    return {
-        "brightness": np.quantile(brightness, shares).round(2).tolist(),
-        "contrast": np.quantile(contrast, shares).round(2).tolist(),
-    }
 
 
 def machine() -> str:

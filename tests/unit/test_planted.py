@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from sklearn.linear_model import LogisticRegression
 
 from service import bundle as bundles
+from service import profile
 from service.bundle import Bundle, Probabilities
 from service.errors import BrokenVersion
 from service.images import Pixels, Target
@@ -198,6 +199,12 @@ def test_an_honest_export_passes_the_whole_line(
     assert [check["name"] for check in written.training["gate"]] == [
         check.name for check in first.verdict.checks
     ]
+    watched = profile.read(written)
+    assert watched
+    assert first.findings.probabilities is not None
+    named = np.bincount(first.findings.probabilities.argmax(axis=1), minlength=len(data.classes))
+    assert watched.features["class"].counts == named.tolist()
+    assert {sum(bins.counts) for bins in watched.features.values()} == {len(data.test)}
     for variant in ("fp32", "fp16"):
         model = Model.load(bundle, device="cpu", variant=variant)
         assert model.variant == variant
