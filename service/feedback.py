@@ -10,6 +10,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import logging
 import math
 import os
@@ -24,18 +25,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from service import images
+from service.bundle import Probabilities
 from service.errors import ConvoyError
 from service.images import Pixels
 from service.metrics import Metrics
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.repository import Answered
+    from service.repository import Answered, Observer
 
 log = logging.getLogger("convoy.feedback")
 
@@ -62,6 +62,8 @@ _ABANDONED_S = 3600.0
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[A-Za-z0-9_-]+-\d+-\d+\.parquet")
 _TEMPORARY = re.compile(rf"\.{_NAME.pattern}\.tmp")
 
+_numbers = itertools.count(1)
+
 _SUFFIXES = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -74,7 +76,7 @@ class _Noted(NamedTuple):
     version: int
     labels: Sequence[str]
     images: Sequence[bytes | Pixels]
-    probabilities: npt.NDArray[np.float32]
+    probabilities: Probabilities
     unsure: Sequence[bool]
     bytes: int
 
@@ -113,7 +115,6 @@ class Feedback:
         self._parts: list[Any] = []
         self._part_bytes = self._waiting_bytes = 0
         self._waiting: Counter[str] = Counter()
-        self._files = 0
         self._due = time.monotonic() + rotate_s
         self._failing_since: float | None = None
         self._next_retry_s = retry_s
@@ -134,6 +135,8 @@ class Feedback:
         if not whole and True not in flags:
             return
         served, probabilities = answered.served, answered.probabilities
+        # Pixels may be a view of a whole request's, of which one row would keep all.
+        partly = not whole and False in flags
         row_bytes = _ROW_BYTES + probabilities.nbytes // len(flags)
         room = _HELD_FILES * self._file_bytes - (self._noted_bytes - self._done_bytes)
         chosen: list[int] = []
@@ -149,8 +152,9 @@ class Feedback:
             elif size + own <= room:
                 size += own
                 chosen.append(row)
-                # Pixels may be a view of a whole request's, of which they would keep all.
-                kept.append(image if whole or isinstance(image, bytes) else image.copy())
+                if partly and not isinstance(image, bytes):
+                    image = image.copy()
+                kept.append(image)
         dropped = (len(flags) if whole else flags.count(True)) - large - len(chosen)
         metrics, name = self._metrics, served.name
         metrics.feedback(name, "large", large)
@@ -240,9 +244,8 @@ class Feedback:
             if self._parts:
                 data = _parquet(self._parts)
                 self._keep_bound(len(data))
-                self._files += 1
                 stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-                name = f"{stamp}-{self._host}-{os.getpid()}-{self._files}.parquet"
+                name = f"{stamp}-{self._host}-{os.getpid()}-{next(_numbers)}.parquet"
                 self._store(self.folder / name, data)
                 for model, rows in self._waiting.items():
                     self._metrics.feedback(model, "written", rows)
@@ -317,9 +320,7 @@ class Feedback:
 
 
 @contextlib.contextmanager
-def keeping(
-    settings: Settings, observers: "list[Callable[[Answered], object]]", metrics: Metrics
-) -> Iterator[None]:
+def keeping(settings: Settings, observers: "list[Observer]", metrics: Metrics) -> Iterator[None]:
     """Has what `settings` ask for kept, while the body serves."""
     if settings.feedback is None:
         yield
