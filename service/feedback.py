@@ -69,15 +69,17 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class _Noted(NamedTuple):
-    """Rows of one request: `images` as they came, `probabilities` float32 `[rows, classes]`."""
+    """A row to be kept: the `image` as it came, its `probabilities` float32 `[classes]`, and what it
+    takes of memory. Not the version itself: one that is given up must be free to go.
+    """
 
     time: float
     model: str
     version: int
     labels: Sequence[str]
-    images: Sequence[bytes | Pixels]
+    image: bytes | Pixels
     probabilities: Probabilities
-    unsure: Sequence[bool]
+    unsure: bool
     bytes: int
 
 
@@ -119,6 +121,10 @@ class Feedback:
         self._failing_since: float | None = None
         self._next_retry_s = retry_s
         self._has_deleted = self._has_erred = False
+        log.info(
+            "keeps feedback in %s, up to %g MB: of requests a share of %g, and all that is unsure",
+            folder, most_bytes / 1e6, share,
+        )  # fmt: skip
         metrics.feedback_deleted(0)
         metrics.feedback_failed(0)
         with contextlib.suppress(OSError):  # the writer says what is wrong
@@ -134,39 +140,32 @@ class Feedback:
         whole = random.random() < self._share
         if not whole and True not in flags:
             return
-        served, probabilities = answered.served, answered.probabilities
-        # Pixels may be a view of a whole request's, of which one row would keep all.
+        served, probabilities, now = answered.served, answered.probabilities, time.time()
+        name, version, labels = served.name, served.version, served.manifest.labels
+        # Rows may be views of a whole request's, of which one alone would keep all.
         partly = not whole and False in flags
         row_bytes = _ROW_BYTES + probabilities.nbytes // len(flags)
         room = _HELD_FILES * self._file_bytes - (self._noted_bytes - self._done_bytes)
-        chosen: list[int] = []
-        kept: list[bytes | Pixels] = []
-        size = large = 0
-        for row, flag in enumerate(flags):
-            if not (whole or flag):
+        large = left_out = 0
+        for row, unsure in enumerate(flags):
+            if not (whole or unsure):
                 continue
-            image = answered.inputs[row]
-            own = row_bytes + (len(image) if isinstance(image, bytes) else image.nbytes)
-            if own > self._file_bytes:
+            image, answer = answered.inputs[row], probabilities[row]
+            size = row_bytes + (len(image) if isinstance(image, bytes) else image.nbytes)
+            if size > self._file_bytes:
                 large += 1
-            elif size + own <= room:
-                size += own
-                chosen.append(row)
-                if partly and not isinstance(image, bytes):
-                    image = image.copy()
-                kept.append(image)
-        dropped = (len(flags) if whole else flags.count(True)) - large - len(chosen)
-        metrics, name = self._metrics, served.name
-        metrics.feedback(name, "large", large)
-        metrics.feedback(name, "busy" if self._failing_since is None else "disk", dropped)
-        if chosen:
-            self._noted_bytes += size
-            unsure = [flags[row] for row in chosen]
-            # Not `served` itself: a version that is given up must be free to go.
-            names = (name, served.version, served.manifest.labels)
-            self._queue.append(
-                _Noted(time.time(), *names, kept, probabilities[chosen], unsure, size)
-            )
+            elif size > room:
+                left_out += 1
+            else:
+                if partly:
+                    image = image if isinstance(image, bytes) else image.copy()
+                    answer = answer.copy()
+                self._queue.append(_Noted(now, name, version, labels, image, answer, unsure, size))
+                room -= size
+                self._noted_bytes += size
+        self._metrics.feedback(name, "large", large)
+        reason = "busy" if self._failing_since is None else "disk"
+        self._metrics.feedback(name, reason, left_out)
 
     def close(self, timeout_s: float = 3.0) -> None:
         """Writes what waits, if that can be done in time."""
@@ -202,17 +201,20 @@ class Feedback:
             self._lose()
 
     def _take(self) -> None:
-        """Makes rows of the oldest request that waits."""
+        """Makes a row of the table of the oldest that waits."""
         noted = self._queue.popleft()
         try:
-            rows = list(_made(noted))
+            row = _row(noted)
         except Exception:
             self._erred()
             self._done_bytes += noted.bytes
-            self._metrics.feedback(noted.model, "lost", len(noted.images))
+            self._metrics.feedback(noted.model, "lost", 1)
             return
-        self._rows += rows
-        self._waiting[noted.model] += len(rows)
+        if row is None:
+            self._done_bytes += noted.bytes
+            return
+        self._rows.append(row)
+        self._waiting[noted.model] += 1
         self._waiting_bytes += noted.bytes
         self._part_bytes += noted.bytes
         if self._part_bytes >= _PART_BYTES or len(self._rows) >= _PART_ROWS:
@@ -231,10 +233,9 @@ class Feedback:
     def _end_part(self) -> None:
         import pyarrow as pa
 
-        for start in range(0, len(self._rows), _PART_ROWS):
-            rows = self._rows[start : start + _PART_ROWS]
-            self._parts.append(pa.RecordBatch.from_pylist(rows, schema()))
-        self._rows, self._part_bytes = [], 0
+        if self._rows:
+            self._parts.append(pa.RecordBatch.from_pylist(self._rows, schema()))
+            self._rows, self._part_bytes = [], 0
 
     def _write(self) -> None:
         """Writes a file of what waits, if anything does, and keeps the folder within its bound."""
@@ -379,25 +380,23 @@ def _paths(columns: Any) -> list[str]:
     return ["probabilities.list.element" if n == "probabilities" else n for n in columns.names]
 
 
-def _made(noted: _Noted) -> Iterator[dict[str, Any]]:
-    """Rows of the table; an image that the model failed on has no answer, and none of these."""
-    answers = zip(noted.images, noted.probabilities, noted.unsure, strict=True)
-    for image, row, unsure in answers:
-        best = int(row.argmax())  # NaN where there is one
-        if not math.isfinite(row[best]):
-            continue
-        data = image if isinstance(image, bytes) else _png(image)
-        yield {
-            "time": round(noted.time * 1e6),
-            "model": noted.model,
-            "version": noted.version,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "image": data,
-            "predicted": noted.labels[best],
-            "probability": row[best],
-            "probabilities": row,
-            "unsure": unsure,
-        }
+def _row(noted: _Noted) -> dict[str, Any] | None:
+    """A row of the table; None where the model failed on the image, which has no answer then."""
+    best = int(noted.probabilities.argmax())  # NaN where there is one
+    if not math.isfinite(noted.probabilities[best]):
+        return None
+    data = noted.image if isinstance(noted.image, bytes) else _png(noted.image)
+    return {
+        "time": round(noted.time * 1e6),
+        "model": noted.model,
+        "version": noted.version,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "image": data,
+        "predicted": noted.labels[best],
+        "probability": noted.probabilities[best],
+        "probabilities": noted.probabilities,
+        "unsure": noted.unsure,
+    }
 
 
 def _png(pixels: Pixels) -> bytes:
