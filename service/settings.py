@@ -5,11 +5,12 @@ Only the command line reads the environment; everything else is handed a `Settin
 
 import re
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
 # The names by which files in a folder are taken for images; bytes are judged by what they hold.
@@ -31,11 +32,39 @@ def _known(_: object, device: str) -> None:
         raise ValueError(f"no device {device!r}: auto, cpu, cuda, cuda:N, tensorrt or tensorrt:N")
 
 
+def _folder_or_url(_: object, tokens: Sequence[Token]) -> Path | str:
+    text = tokens[0].value
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return Path(text)
+    if scheme not in URL_SCHEMES or not rest.strip("/"):
+        raise ValueError(f"{text!r}: a folder, or a URL as s3://, gs:// or az://bucket/prefix")
+    # One name for one place: it also names the cache.
+    return text.rstrip("/")
+
+
+# A `str` is the URL of a place in an object store.
+URL_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+FolderOrUrl = Annotated[Path | str, Parameter(converter=_folder_or_url)]
+
+
 @dataclass(frozen=True)
 class Settings:
-    models: Path | None = None
-    """Folder of models; every model in it is served. Default: ./models if there is one, else the
+    models: FolderOrUrl | None = None
+    """Folder of models, or s3://bucket/prefix (gs://, az://), of which a folder is kept as a copy
+    (docs/object-store.md); every model in it is served. Default: ./models if there is one, else the
     models that come with Convoy."""
+
+    models_cache: Path | None = None
+    """With models in an object store: where the folders are that copies of them are kept in. Default:
+    ~/.cache/convoy/models."""
+
+    store_watch_s: Positive = 5.0
+    """How often, in seconds, the object store is asked what it has."""
+
+    store_versions: Count = 3
+    """How many of each model's newest versions are kept of an object store, beside those that its
+    versions.toml names."""
 
     host: str = "0.0.0.0"
     """Address to listen on, for gRPC and HTTP."""
@@ -97,6 +126,13 @@ class Settings:
     max_wait_s: Positive = 10.0
     """How long a request may be expected to wait for the device; longer, and it is refused with
     RESOURCE_EXHAUSTED. One with a deadline is refused as soon as that can't be kept."""
+
+    watch_s: Seconds = 1.0
+    """How often the models folder is looked at for new versions and changed policies (versions.toml);
+    0: only at the start, and for orders."""
+
+    rollback_window_s: Seconds = 300.0
+    """How long a version that was replaced is kept in memory, for a way back at once."""
 
     deterministic: bool = False
     """Run every batch at the largest size, so that equal pixels give equal bits whatever else is in
