@@ -55,12 +55,12 @@ _CLAIM = "claimed"
 
 # Files come in pieces: each is a request of its own, with its own retries, and between two there is
 # time for what is more urgent. A link that does not carry one in `_REQUEST_S` is too slow.
-_PIECE_BYTES, _REQUEST_S, _SILENCE_S, _CONNECT_S = 4 << 20, 120.0, 20.0, 5.0
+_PIECE_BYTES, _REQUEST_S, _SILENCE_S, _CONNECT_S = 1 << 20, 60.0, 20.0, 5.0
 # Within a request, for what passes by itself in a moment; outages are for the thread to sit out.
 _RETRIES, _RETRIES_S = 3, 15.0
-_LONGEST_RETRY_S = 60.0
-# Versions that can't be had: wrong bytes, no room, no permission.
-_VERSION_RETRY_S, _LONGEST_VERSION_RETRY_S = 5.0, 300.0
+# Between tries, where the store can't be asked, and for one version that can't be had: its bytes are
+# wrong, there is no room or no permission.
+_LONGEST_RETRY_S, _LONGEST_VERSION_RETRY_S = 60.0, 300.0
 # How long a start waits for the store where the folder has something to serve.
 _FIRST_LOOK_S = 10.0
 _TELL_S = 10.0
@@ -377,7 +377,7 @@ class Store:
             kind = error.kind
         last.failures += 1
         last.reason = _words(error)
-        delay_s = _jittered(_VERSION_RETRY_S, last.failures, _LONGEST_VERSION_RETRY_S)
+        delay_s = _jittered(self._watch_s, last.failures, _LONGEST_VERSION_RETRY_S)
         last.at = self._clock() + delay_s
         self._metrics.store_error(kind)
         log.error(
@@ -643,11 +643,11 @@ def _jittered(first_s: float, failures: int, longest_s: float) -> float:
 
 
 def _words(error: BaseException) -> str:
-    """The first line of what it says, without what URLs are signed with."""
-    first = (str(error) or repr(error)).partition("\n")[0]
+    """What it says, in short, and without what URLs are signed with."""
     if isinstance(error, OSError) and error.strerror:
-        first = error.strerror
-    return re.sub(r"\?[^\s\"']*", "", first)[:300]
+        return error.strerror
+    first = (str(error) or repr(error)).partition("\n")[0].partition(": <?xml")[0]
+    return re.sub(r"(://[^\s?]*)\?\S*", r"\1", first)[:300]
 
 
 def _one_line(policy: bytes | None) -> str:
