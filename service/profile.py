@@ -102,7 +102,8 @@ def size_of(image: bytes | Pixels) -> int:
     """
     if isinstance(image, bytes):
         return min(images.probe(image, math.inf)[:2])
-    return min(image.shape[:2])
+    height, width = image.shape[:2]
+    return int(min(height, width))
 
 
 def make(

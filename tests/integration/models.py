@@ -1,6 +1,6 @@
 """Small models, and what they must answer."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,16 @@ import onnx.parser
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from service import bundle as bundles
+from service import profile
 from service.bundle import Bundle, Golden, Probabilities, Scores, Thresholds, Variant
 from service.images import Pixels
 from service.model import Model
 from tests.conftest import REPOSITORY
+from training import data as datasets
 from training.add import add
-from training.settings import AddSettings
+from training.data import Dataset
+from training.evaluate import sure
+from training.settings import AddSettings, TrainingSettings
 
 COLOURS = ("red", "green", "blue")
 COLOURS_BATCH = 8
@@ -147,6 +151,18 @@ def add_slow_to_load(models: Path, name: str = "slow") -> Bundle:
 def digits() -> Golden:
     """Real handwritten digits, 0 to 7 in this order, and what the shipped model must answer."""
     return bundles.read(REPOSITORY / "models" / "digits" / "1").golden
+
+
+def add_profiled(models: Path, name: str = "digits") -> tuple[Bundle, Dataset]:
+    """Publishes the shipped digits with the profile of their test images; and all the images."""
+    shipped = bundles.read(REPOSITORY / "models" / "digits" / "1")
+    data = datasets.load(TrainingSettings(data="digits"))
+    given, thresholds = Model.load(shipped).run(data.test.inputs), shipped.manifest.thresholds
+    assert thresholds
+    sizes = [profile.size_of(image) for image in data.test.inputs]
+    made = profile.make(data.test.inputs, given, ~sure(given, thresholds), sizes)
+    manifest = replace(shipped.manifest, training={"profile": asdict(made)}, variants={})
+    return bundles.write(models / name, manifest, shipped.onnx, shipped.golden), data
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]
