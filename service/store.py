@@ -25,7 +25,6 @@ import re
 import shutil
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,11 +42,12 @@ from obstore.exceptions import (
 from obstore.store import from_url
 
 from service import bundle as bundles
+from service import policy as policies
 from service.bundle import MANIFEST, Manifest
 from service.errors import BrokenVersion, ConvoyError
 from service.metrics import Metrics
+from service.policy import FILE, Policy
 
-POLICY = "versions.toml"
 _PRIVATE = ".store"
 # Who has made this in a version has its number: no other version that is published gets it. It stays,
 # as someone may have listed the store before.
@@ -327,15 +327,16 @@ class Store:
         in the folder.
         """
         versions = listing.versions[name]
-        least, named = _named(_read(self.folder / name / POLICY))
+        policy = _policy(self.folder / name)
+        named, most = policy.named, max(policy.newest, self._newest)
         order = sorted(versions, key=lambda version: (version in named, version), reverse=True)
         newest = 0
         for version in order:
-            if version not in named and newest >= max(least, self._newest):
+            if version not in named and newest >= most:
                 return
             tried.add((name, version))
             if self._have((name, version), versions[version]):
-                newest += version not in named
+                newest += version not in named and version not in policy.skip
                 yield True
 
     def _have(self, key: Key, files: dict[str, _Object]) -> bool:
@@ -389,8 +390,14 @@ class Store:
         if MANIFEST not in files:
             raise _Waiting(f"{MANIFEST} is not there yet")
         listed, folder = files[MANIFEST], self._place(key)
-        data = self._get_twice(listed)
+        data, ours = self._get_twice(listed), _read(folder / MANIFEST)
         if not self._is(folder, data):
+            if ours not in (None, data) and key in self.in_use() and self._is(folder, ours or b""):
+                raise _Refused(
+                    "changed",
+                    "it was replaced in the store, and the one before serves: a version "
+                    "never changes, publish a new one",
+                )
             self._fetch(key, files, data)
         self._kept[key] = _Kept(listed.id, _stats(folder))
 
@@ -553,17 +560,17 @@ class Store:
             last = self._tries.setdefault(name, _Try(None))
             try:
                 self._sync_policy(name, listing.policies.get(name), last)
-            except (PreconditionError, AlreadyExistsError, FileNotFoundError) as error:
-                log.info("%s/%s has changed at the same time: %s", name, POLICY, _words(error))
+            except (_Changed, PreconditionError, AlreadyExistsError, FileNotFoundError) as error:
+                log.info("%s/%s has changed at the same time: %s", name, FILE, _words(error))
                 self._known_policies.pop(name, None)
             except (_Refused, PermissionDeniedError, UnauthenticatedError, OSError) as error:
-                self._failed(last, f"{name}/{POLICY}", error)
+                self._failed(last, f"{name}/{FILE}", error)
 
     def _sync_policy(self, name: str, there: _Object | None, last: _Try) -> None:
         """Where only one side's policy has changed since both were the same, the other gets it; where
         both have, the store's counts.
         """
-        path, same_path = self.folder / name / POLICY, self._policies / f"{name}.toml"
+        path, same_path = self.folder / name / FILE, self._policies / f"{name}.toml"
         ours, same = _read(path), _read(same_path)
         what = (ours, there and there.id)
         if last.what != what:
@@ -578,18 +585,26 @@ class Store:
         if theirs != same:
             if ours not in (same, theirs, None):
                 log.warning("%s was changed here and in %s: the store's counts", path, self.url)
-            _replace(path, theirs)
+            self._take(path, ours, theirs)
             _replace(same_path, theirs)
             log.info("%s is now the store's: %s", path, _one_line(theirs))
         elif ours is None:
-            _replace(path, theirs)
+            self._take(path, ours, theirs)
         elif ours != same:
-            there = self._put_policy(f"{name}/{POLICY}", ours, there)
+            there = self._put_policy(f"{name}/{FILE}", ours, there)
             _replace(same_path, ours)
             log.info("%s is now in the store, too: %s", path, _one_line(ours))
         if there:
             self._known_policies[name] = there.id
         last.failures, last.reason = 0, ""
+
+    def _take(self, path: Path, ours: bytes | None, theirs: bytes | None) -> None:
+        if ours == theirs:
+            return
+        with bundles.exclusive(path.parent):  # orders change it under the same lock
+            if _read(path) != ours:
+                raise _Changed("an order was given just now")
+            _replace(path, theirs)
 
     def _put_policy(self, path: str, data: bytes, there: _Object | None) -> _Object:
         mode: Any = there.update if there and there.update else "overwrite" if there else "create"
@@ -612,26 +627,19 @@ def _sort(objects: Iterable[Any]) -> _Listing:
             update,
         )
         match each.path.split("/"):
-            case [name, file] if file == POLICY and bundles.is_name(name):
+            case [name, file] if file == FILE and bundles.is_name(name):
                 listing.policies[name] = each
             case [name, version, file] if bundles.is_name(name) and bundles.is_version(version):
                 listing.versions.setdefault(name, {}).setdefault(int(version), {})[file] = each
     return listing
 
 
-def _named(policy: bytes | None) -> tuple[int, set[int]]:
-    """How many of the newest versions a policy wants served, and which versions it names; nothing
-    where it can't be read, which others report.
-    """
+def _policy(model: Path) -> Policy:
+    """The policy in a model's folder; the usual one where it can't be read, which others report."""
     try:
-        said = tomllib.loads((policy or b"").decode())
-    except ValueError:
-        return 0, set()
-    serve, labels = said.get("serve"), said.get("labels")
-    named = [*(serve if isinstance(serve, list) else [])]
-    named += labels.values() if isinstance(labels, dict) else []
-    least = serve if isinstance(serve, int) else 0
-    return least, {version for version in named if isinstance(version, int)}
+        return policies.read(model)
+    except ConvoyError:
+        return Policy()
 
 
 def _jittered(first_s: float, failures: int, longest_s: float) -> float:

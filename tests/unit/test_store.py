@@ -17,7 +17,8 @@ from service import store as stores
 from service.bundle import GOLDEN, MANIFEST, MODEL
 from service.errors import ConvoyError
 from service.metrics import Metrics
-from service.store import POLICY, Store
+from service.policy import FILE
+from service.store import Store
 from tests.unit import versions
 
 URL = "s3://bucket/models"
@@ -32,7 +33,7 @@ class Bucket:
         self.reads: list[tuple[str, int]] = []
         self.writes: list[str] = []
         # Called before each read with its path; what it raises is what the reader gets.
-        self.on_read: Callable[[str], None] = lambda path: None
+        self.on_read: Callable[[str], object] = lambda path: None
         self.on_list: Callable[[], None] = lambda: None
         self.on_write: Callable[[Any], None] = lambda mode: None
         self.change: Callable[[str, bytes], bytes] = lambda path, data: data
@@ -125,7 +126,7 @@ class Mirror:
         return value
 
     def policy(self, name: str = "pets") -> Path:
-        return self.folder / name / POLICY
+        return self.folder / name / FILE
 
 
 @pytest.fixture
@@ -133,14 +134,19 @@ def bucket() -> Bucket:
     return Bucket()
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    """Where versions are made: `pets` 1 to 3, of different graphs, and `cars` 1."""
-    folder = tmp_path / "made"
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
     for number in range(3):
         versions.write(folder / "pets", versions.ONNX + bytes([number]))
     versions.write(folder / "cars")
     return folder
+
+
+@pytest.fixture
+def made(once: Path, tmp_path: Path) -> Path:
+    """Where versions are made: `pets` 1 to 3, of different graphs, and `cars` 1."""
+    return shutil.copytree(once, tmp_path / "made")
 
 
 @pytest.fixture
@@ -185,7 +191,7 @@ def test_versions_come_as_they_are_and_nothing_else_does(
 
 def test_what_is_there_is_not_fetched_again(mirror: Mirror, bucket: Bucket, made: Path) -> None:
     bucket.add(pets(made, 1))
-    bucket.inside.put(f"pets/{POLICY}", b"serve = 1\n")
+    bucket.inside.put(f"pets/{FILE}", b"serve = 1\n")
     mirror.look()
     fetched = sum(f.stat().st_size for f in pets(made, 1).iterdir() if f.name != MANIFEST)
     assert mirror.count("store_fetched_bytes") == fetched
@@ -296,11 +302,12 @@ def test_versions_that_the_policy_names_are_brought_and_kept(
         "serve = [1]": [1, 3],
         "serve = 2": [2, 3],
         "[labels]\nstable = 1\ncanary = 3": [1, 2, 3],
+        "skip = [3]": [2, 3],
         'serve = "newest"': [3],
         "serve = ": [3],
         "": [3],
     }.items():
-        bucket.inside.put(f"pets/{POLICY}", text.encode())
+        bucket.inside.put(f"pets/{FILE}", text.encode())
         mirror.look()
         assert mirror.policy().read_text() == text
         # With canary = 3 the newest of those that are not named is brought, too.
@@ -428,6 +435,22 @@ def test_a_version_that_is_replaced_in_the_store_is_replaced_here(
     assert (mirror.folder / "pets" / "1" / MODEL).read_bytes()[-1] == 2
 
 
+def test_a_version_that_serves_is_not_replaced(mirror: Mirror, bucket: Bucket, made: Path) -> None:
+    bucket.add(pets(made, 1))
+    mirror.look()
+    mirror.store.in_use = lambda: {("pets", 1)}
+    shutil.rmtree(pets(made, 1))
+    shutil.copytree(pets(made, 3), pets(made, 1))
+    bucket.add(pets(made, 1))
+    mirror.look()
+    assert (mirror.folder / "pets" / "1" / MODEL).read_bytes()[-1] == 0
+    assert "publish a new one" in mirror.store.waiting()["pets", 1]
+    assert mirror.count("store_errors", "changed") == 1
+    mirror.store.in_use = frozenset
+    mirror.later()
+    assert (mirror.folder / "pets" / "1" / MODEL).read_bytes()[-1] == 2
+
+
 def test_a_version_that_changes_while_it_is_fetched_is_begun_anew(
     mirror: Mirror, bucket: Bucket, made: Path
 ) -> None:
@@ -459,7 +482,7 @@ def test_what_is_damaged_or_lost_here_is_fetched_again(
 ) -> None:
     bucket.add(pets(made, 1))
     bucket.add(pets(made, 2))
-    bucket.inside.put(f"pets/{POLICY}", b"serve = 1")
+    bucket.inside.put(f"pets/{FILE}", b"serve = 1")
     mirror.look()
     graph = mirror.folder / "pets" / "1" / MODEL
     graph.write_bytes(graph.read_bytes()[:-1] + b"x")
@@ -470,7 +493,7 @@ def test_what_is_damaged_or_lost_here_is_fetched_again(
     mirror.look()
     assert mirror.versions() == [1, 2]
     assert mirror.policy().read_text() == "serve = 1"
-    assert bucket.text(f"pets/{POLICY}") == "serve = 1"
+    assert bucket.text(f"pets/{FILE}") == "serve = 1"
 
 
 def test_what_is_gone_from_the_store_goes_when_nothing_serves_it(
@@ -479,7 +502,7 @@ def test_what_is_gone_from_the_store_goes_when_nothing_serves_it(
     for number in (1, 2, 3):
         bucket.add(pets(made, number))
     bucket.add(made / "cars" / "1")
-    bucket.inside.put(f"cars/{POLICY}", b"serve = 1")
+    bucket.inside.put(f"cars/{FILE}", b"serve = 1")
     mirror.look()
     mirror.store.in_use = lambda: {("pets", 3), ("cars", 1)}
     for prefix in ("pets/2/", "pets/3/", "cars/"):
@@ -580,14 +603,14 @@ def test_a_policy_that_is_edited_here_goes_to_the_store_and_the_other_way(
         text = f"serve = {turn + 1}"
         editor.policy().write_text(text)
         editor.look()
-        assert bucket.text(f"pets/{POLICY}") == text
+        assert bucket.text(f"pets/{FILE}") == text
         reader.look()
         assert reader.policy().read_text() == text
     writes = len(bucket.writes)
     mirror.look()
     other.look()
     assert len(bucket.writes) == writes == 4
-    bucket.inside.delete(f"pets/{POLICY}")
+    bucket.inside.delete(f"pets/{FILE}")
     mirror.look()
     assert not mirror.policy().exists()
 
@@ -599,14 +622,14 @@ def test_of_two_edits_at_once_the_stores_counts(
     mirror.look()
 
     def someone_else(mode: Any) -> None:
-        bucket.inside.put(f"pets/{POLICY}", someone_elses)
+        bucket.inside.put(f"pets/{FILE}", someone_elses)
 
     someone_elses = b"serve = [1]"
     # Between our look and our write.
     bucket.on_write = someone_else
     mirror.policy().write_text("serve = 2")
     mirror.look()
-    assert bucket.text(f"pets/{POLICY}") == "serve = [1]"
+    assert bucket.text(f"pets/{FILE}") == "serve = [1]"
     bucket.on_write = lambda mode: None
     mirror.look()
     assert mirror.policy().read_text() == "serve = [1]"
@@ -617,14 +640,29 @@ def test_of_two_edits_at_once_the_stores_counts(
     mirror.policy().write_text("serve = 3")
     mirror.look()
     mirror.look()
-    assert mirror.policy().read_text() == bucket.text(f"pets/{POLICY}") == "serve = [1, 1]"
+    assert mirror.policy().read_text() == bucket.text(f"pets/{FILE}") == "serve = [1, 1]"
+
+
+def test_an_order_given_while_the_stores_policy_is_read_is_not_lost_unsaid(
+    mirror: Mirror, bucket: Bucket, made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket.add(pets(made, 1))
+    mirror.look()
+    bucket.inside.put(f"pets/{FILE}", b"serve = [1]")
+    bucket.on_read = lambda path: path.endswith(FILE) and mirror.policy().write_text("serve = 2")
+    mirror.look()
+    assert mirror.policy().read_text() == "serve = 2"
+    bucket.on_read = lambda path: None
+    mirror.look()
+    assert mirror.policy().read_text() == bucket.text(f"pets/{FILE}") == "serve = [1]"
+    assert "was changed here and in s3://bucket/models" in caplog.text
 
 
 def test_an_order_given_while_the_store_is_away_goes_there_when_it_is_back(
     mirror: Mirror, bucket: Bucket, made: Path
 ) -> None:
     bucket.add(pets(made, 1))
-    bucket.inside.put(f"pets/{POLICY}", b"serve = 1")
+    bucket.inside.put(f"pets/{FILE}", b"serve = 1")
     mirror.look()
 
     def away() -> None:
@@ -639,7 +677,7 @@ def test_an_order_given_while_the_store_is_away_goes_there_when_it_is_back(
     assert mirror.policy().read_text() == "serve = 2"
     bucket.on_list = lambda: None
     mirror.look()
-    assert bucket.text(f"pets/{POLICY}") == "serve = 2"
+    assert bucket.text(f"pets/{FILE}") == "serve = 2"
 
 
 def test_an_order_that_may_not_be_written_is_tried_again_by_and_by(
@@ -662,7 +700,7 @@ def test_an_order_that_may_not_be_written_is_tried_again_by_and_by(
     assert mirror.count("store_errors", "denied") == 2
     bucket.on_write = lambda mode: None
     mirror.later()
-    assert bucket.text(f"pets/{POLICY}") == "serve = 2"
+    assert bucket.text(f"pets/{FILE}") == "serve = 2"
 
 
 def test_a_store_without_conditions_is_written_to_all_the_same(
@@ -678,7 +716,7 @@ def test_a_store_without_conditions_is_written_to_all_the_same(
     for text in ("serve = 1", "serve = 2"):
         mirror.policy().write_text(text)
         mirror.look()
-        assert bucket.text(f"pets/{POLICY}") == text
+        assert bucket.text(f"pets/{FILE}") == text
 
 
 def test_a_policy_does_not_wait_for_a_large_version(
@@ -692,7 +730,7 @@ def test_a_policy_does_not_wait_for_a_large_version(
     def on_read(path: str) -> None:
         mirror.now += 3
         if path.endswith(MODEL):
-            bucket.inside.put(f"pets/{POLICY}", b"serve = [1]")
+            bucket.inside.put(f"pets/{FILE}", b"serve = [1]")
             seen.append(mirror.policy().exists())
 
     bucket.on_read = on_read
