@@ -38,6 +38,8 @@ Probabilities = npt.NDArray[np.float32]
 
 MODEL, GOLDEN, MANIFEST = "model.onnx", "golden.npz", "manifest.json"
 REPORT, WEIGHTS = "report.html", "weights.npz"
+# Weights that graphs have in common, as ONNX's external data.
+DATA = "model.onnx.data"
 # The precisions that a version may hold, and where.
 VARIANTS = {"fp32": MODEL, "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
 _TEMPORARY, _ABANDONED_S = ".publishing-", 24 * 3600.0
@@ -146,6 +148,9 @@ class Bundle:
     golden: Golden = field(repr=False)
     # Those in other precisions, by their names in VARIANTS.
     variants: dict[str, bytes] = field(default_factory=dict, repr=False)
+    data: bytes = field(default=b"", repr=False)
+    # The sha256 of its manifest, and so of all that it holds.
+    digest: str = ""
 
     @property
     def sha256(self) -> str:
@@ -215,7 +220,7 @@ def read(folder: Path) -> Bundle:
 
     Raises BrokenVersion, naming the file and what is wrong with it.
     """
-    manifest = read_manifest(folder)
+    manifest, digest = read_described(folder)
     data = {name: _read_verified(folder / name, file) for name, file in manifest.files.items()}
     for name in (MODEL, GOLDEN):
         if name not in data:
@@ -241,7 +246,16 @@ def read(folder: Path) -> Bundle:
         if name not in golden.variants:
             raise BrokenVersion(f"{folder / GOLDEN}: has no answers of {VARIANTS[name]}")
     version = int(folder.name)
-    return Bundle(folder, folder.parent.name, version, manifest, data[MODEL], golden, variants)
+    return Bundle(
+        folder, folder.parent.name, version, manifest, data[MODEL], golden, variants,
+        data.get(DATA, b""), digest,
+    )  # fmt: skip
+
+
+def without_graphs(bundle: Bundle) -> Bundle:
+    """The same without what only serves to load it."""
+    none = Golden(bundle.golden.pixels[:0], bundle.golden.probabilities[:0])
+    return dataclasses.replace(bundle, onnx=b"", golden=none, variants={}, data=b"")
 
 
 def describe(data: bytes) -> File:
@@ -251,14 +265,30 @@ def describe(data: bytes) -> File:
 
 def read_manifest(folder: Path) -> Manifest:
     """What `manifest.json` in `folder` says. Raises BrokenVersion; checks no other file."""
-    path = folder / MANIFEST
+    return read_described(folder)[0]
+
+
+def read_described(folder: Path) -> tuple[Manifest, str]:
+    """The manifest in `folder`, and its sha256. Raises BrokenVersion; checks no other file."""
+    written = _read_file(folder / MANIFEST)
+    return _decode_manifest(folder / MANIFEST, written), hashlib.sha256(written).hexdigest()
+
+
+def _read_file(path: Path) -> bytes:
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        return path.read_bytes()
     except FileNotFoundError:
         raise BrokenVersion(
             f"{path} is missing: the folder is not copied completely, or is no version"
         ) from None
-    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+    except OSError as error:
+        raise BrokenVersion(f"{path}: {error.strerror}") from error
+
+
+def _decode_manifest(path: Path, written: bytes) -> Manifest:
+    try:
+        manifest = msgspec.json.decode(written, type=Manifest)
+    except (UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise BrokenVersion(f"{path}: {error}") from error
     if manifest.format != 1:
         raise BrokenVersion(
@@ -295,11 +325,12 @@ def write(
     variants: Mapping[str, bytes] = MappingProxyType({}),
     report: str = "",
     weights: Sequence[npt.NDArray[Any]] = (),
+    data: bytes = b"",
 ) -> Bundle:
     """Makes the next version in the folder `model` and returns it, read back and verified.
 
     `variants`: graphs in other precisions by their names in VARIANTS, with answers in `golden`.
-    `weights`: the trained network's own, for `Bundle.weights`.
+    `weights`: the trained network's own, for `Bundle.weights`. `data`: what graphs have in DATA.
 
     The files are made in a temporary folder beside it, the manifest last, and appear by one
     rename: a reader sees the whole version or none, a kill or a full disk leaves nothing but a
@@ -314,7 +345,9 @@ def write(
     answers = {"probabilities": golden.probabilities, **golden.variants}
     np.savez_compressed(archive, allow_pickle=False, pixels=golden.pixels, **answers)
     files = {MODEL: onnx, GOLDEN: archive.getvalue()}
-    files.update((VARIANTS[name], data) for name, data in variants.items())
+    files.update((VARIANTS[name], graph) for name, graph in variants.items())
+    if data:
+        files[DATA] = data
     if report:
         files[REPORT] = report.encode()
     if weights:
@@ -322,7 +355,7 @@ def write(
         named = {str(number): array for number, array in enumerate(weights)}
         np.savez_compressed(archive, allow_pickle=False, **named)
         files[WEIGHTS] = archive.getvalue()
-    listed = {name: describe(data) for name, data in files.items()}
+    listed = {name: describe(file) for name, file in files.items()}
     manifest = dataclasses.replace(manifest, files=listed)
     files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     beside = {
@@ -334,8 +367,8 @@ def write(
         with _temporary_folder(model) as temporary:
             version = temporary / "version"
             version.mkdir()
-            for name, data in files.items():
-                _write_synced(version / name, data)
+            for name, file in files.items():
+                _write_synced(version / name, file)
             _sync(version)
             # Before the version appears, so that a disk that is full by now publishes nothing.
             for name, text in beside.items():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
+from service.bundle import DATA
 from service.errors import BrokenVersion
 
 log = logging.getLogger("convoy.device")
@@ -84,25 +85,27 @@ def expects_card(device: Device) -> bool:
     return device.kind != "cpu"
 
 
-def open_session(onnx: bytes, device: Device, threads: int, card: Card = Card()) -> Opened:
-    """A session for `onnx`; `threads` is for the CPU.
+def open_session(
+    onnx: bytes, device: Device, threads: int, card: Card = Card(), data: bytes = b""
+) -> Opened:
+    """A session for `onnx`; `threads` is for the CPU; `data`: see `bundle.DATA`.
 
     Raises BrokenVersion where the file can't be loaded or the device can't be had: `cuda` is never
     answered with a CPU. `auto` takes CUDA where there is one, and says why it did not where this
     ONNX Runtime has it.
     """
     if device.kind != "auto":
-        return _open(onnx, device, threads, card)
+        return _open(onnx, data, device, threads, card)
     if not expects_card(device):
-        return _open(onnx, Device("cpu"), threads, card)
+        return _open(onnx, data, Device("cpu"), threads, card)
     try:
-        return _open(onnx, Device("cuda", device.number), threads, card)
+        return _open(onnx, data, Device("cuda", device.number), threads, card)
     except BrokenVersion as error:
-        opened = _open(onnx, Device("cpu"), threads, card)
+        opened = _open(onnx, data, Device("cpu"), threads, card)
         return opened._replace(fallback=f"runs on the CPU, not on CUDA: {error}")
 
 
-def _open(onnx: bytes, device: Device, threads: int, card: Card) -> Opened:
+def _open(onnx: bytes, data: bytes, device: Device, threads: int, card: Card) -> Opened:
     provider, available = _PROVIDERS[device.kind], ort.get_available_providers()
     if provider not in available:
         raise BrokenVersion(
@@ -115,6 +118,8 @@ def _open(onnx: bytes, device: Device, threads: int, card: Card) -> Opened:
     options.inter_op_num_threads = 1
     # A spinning pool takes the cores from the threads that decode and talk to callers.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if data:
+        options.add_external_initializers_from_files_in_memory([DATA], [data], [len(data)])
     providers: list[Any] = [provider]
     if device.kind != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -127,7 +132,7 @@ def _open(onnx: bytes, device: Device, threads: int, card: Card) -> Opened:
             cuda["enable_cuda_graph"] = "1"
         providers = [(_PROVIDERS["cuda"], cuda)]
         if device.kind == "tensorrt":
-            special = {**_tensorrt_options(onnx, card), "device_id": str(number)}
+            special = {**_tensorrt_options(onnx + data, card), "device_id": str(number)}
             providers.insert(0, (provider, special))
         _preload()
     try:

@@ -35,6 +35,10 @@ COARSE_TOLERANCE = 1e-2
 # How long, and how often, batches are timed before a version serves.
 _MEASURE_S, _MEASURED_RUNS = 1.0, 3
 
+# How long a version that is loaded while others serve rests after each run, in runs: it takes a fifth
+# of the device.
+_REST = 4.0
+
 # A card has its next batch at hand when it is done with one, see `Batcher`.
 _LANES = 2
 # Of each size before the proof, on a card. ONNX Runtime runs a size twice, then records its CUDA
@@ -70,14 +74,19 @@ class Model:
     """
 
     def __init__(
-        self, onnx: bytes, device: str = "auto", threads: int = 0, card: Card = Card()
+        self,
+        onnx: bytes,
+        device: str = "auto",
+        threads: int = 0,
+        card: Card = Card(),
+        data: bytes = b"",
     ) -> None:
         """Loads `onnx` on `device`, see `device.Device`; `threads` is for the CPU, 0 means one a
-        usable core.
+        usable core; `data`: see `bundle.DATA`.
 
         Raises BrokenVersion where the file is no such classifier or the device can't be had.
         """
-        opened = open_session(onnx, Device.parse(device), threads or whole_cores(), card)
+        opened = open_session(onnx, Device.parse(device), threads or whole_cores(), card, data)
         self._session, self.fallback = opened.session, opened.fallback
         self._device = opened.device
         self.device = str(opened.device)
@@ -131,9 +140,11 @@ class Model:
         variant: str = "fp32",
         card: Card = Card(),
         deterministic: bool = False,
+        gently: bool = False,
     ) -> "Model":
         """Loads a version and has it prove itself on its golden inputs; on a card when every batch
-        size that it is run with is warm. `deterministic`: that is the largest alone.
+        size that it is run with is warm. `deterministic`: that is the largest alone. `gently`: rests
+        between runs, for others that serve meanwhile.
 
         `variant`: which graph, a name in VARIANTS, where the version has it, else fp32. Or
         `fastest`, see `Bundle.fastest`; should that one not prove itself here (int8 may give other
@@ -143,7 +154,7 @@ class Model:
         """
 
         def load(name: str) -> Model:
-            return cls._load(bundle, name, device, threads, card, deterministic)
+            return cls._load(bundle, name, device, threads, card, deterministic, gently)
 
         if variant != "fastest":
             return load(variant if variant in bundle.variants else "fp32")
@@ -172,18 +183,19 @@ class Model:
         threads: int,
         card: Card,
         deterministic: bool,
+        gently: bool,
     ) -> "Model":
         manifest = bundle.manifest
         shape = () if manifest.fixed_batch else (manifest.max_batch_size, *manifest.pixels.shape)
         card = card._replace(variant=variant, input=manifest.input, largest=shape)
         try:
-            return cls._prepare(bundle, variant, device, threads, card, deterministic)
+            return cls._prepare(bundle, variant, device, threads, card, deterministic, gently)
         except BrokenVersion as error:
             if not card.graphs:
                 raise
             log.warning("%s/%d without CUDA graphs: %s", bundle.name, bundle.version, error)
         card = card._replace(graphs=False)
-        return cls._prepare(bundle, variant, device, threads, card, deterministic)
+        return cls._prepare(bundle, variant, device, threads, card, deterministic, gently)
 
     @classmethod
     def _prepare(
@@ -194,8 +206,10 @@ class Model:
         threads: int,
         card: Card,
         deterministic: bool,
+        gently: bool,
     ) -> "Model":
-        model = cls(bundle.variants.get(variant, bundle.onnx), device, threads, card)
+        graph = bundle.variants.get(variant, bundle.onnx)
+        model = cls(graph, device, threads, card, bundle.data)
         model.variant = variant
         manifest = bundle.manifest
         said = (manifest.input, manifest.output, manifest.pixels.shape)
@@ -221,10 +235,10 @@ class Model:
             model.bind(buckets(largest), classes, _LANES)
         try:
             if on_card:
-                model.warm()
+                model.warm(gently)
         except InferenceFailed as error:
             raise BrokenVersion(f"{bundle.folder}: {error}") from error
-        model.prove(bundle)
+        model.prove(bundle, gently)
         return model
 
     def bind(self, sizes: Sequence[int], classes: int, lanes: int = 1) -> None:
@@ -261,7 +275,7 @@ class Model:
         bound = self._bound.get(size)
         return bound[lane].pixels if bound else None
 
-    def warm(self) -> None:
+    def warm(self, gently: bool = False) -> None:
         """Runs every bound size in all lanes at once, until none is run for the first time.
 
         Raises InferenceFailed where ONNX Runtime does.
@@ -269,13 +283,22 @@ class Model:
 
         def run(bound: _Bound) -> None:
             for _ in range(_WARM_RUNS):
-                self.run(bound.pixels)
+                self._run_gently(bound.pixels, gently)
 
         with ThreadPoolExecutor(self.lanes) as pool:
             for size in self.sizes:
                 list(pool.map(run, self._bound[size]))
 
-    def prove(self, bundle: Bundle) -> None:
+    def _run_gently(self, pixels: Pixels, gently: bool) -> tuple[Probabilities, float]:
+        """The answers, and the seconds that they took."""
+        began = time.perf_counter()
+        answers = self.run(pixels)
+        seconds = time.perf_counter() - began
+        if gently:
+            time.sleep(_REST * seconds)
+        return answers, seconds
+
+    def prove(self, bundle: Bundle, gently: bool = False) -> None:
         """Raises BrokenVersion where it does not give the golden answers, alone and in the largest
         batch, or in every size that is bound.
         """
@@ -294,7 +317,7 @@ class Model:
             for start in range(0, len(rows), size):
                 chosen = rows[start : start + size]
                 try:
-                    answers = self.run(golden.pixels[chosen])
+                    answers, _ = self._run_gently(golden.pixels[chosen], gently)
                 except InferenceFailed as error:
                     raise BrokenVersion(
                         f"{bundle.folder}: a golden input fails: {error}"
@@ -316,21 +339,22 @@ class Model:
                         f"{tolerance:g})"
                     )
 
-    def measure(self, bundle: Bundle, record: Callable[[int, float], None]) -> None:
+    def measure(
+        self, bundle: Bundle, record: Callable[[int, float], None], *, gently: bool = False
+    ) -> None:
         """Tells `record` how many seconds batches take: of every size that is bound; else of one, of
         the largest size, and of those between as long as that takes no longer than a second in all.
+        `gently`: once each, without those between.
         """
         largest, pixels = bundle.manifest.max_batch_size, bundle.golden.pixels
-        between = [1 << n for n in range(1, (largest - 1).bit_length())]
+        between = [] if gently else [1 << n for n in range(1, (largest - 1).bit_length())]
         ends = time.perf_counter() + _MEASURE_S
         for size in self.sizes or dict.fromkeys((1, largest, *between)):
             rows = np.resize(pixels, (size, *pixels.shape[1:]))
-            for _ in range(_MEASURED_RUNS):
-                began = time.perf_counter()
-                self.run(rows)
+            for _ in range(1 if gently else _MEASURED_RUNS):
+                record(size, self._run_gently(rows, gently)[1])
                 now = time.perf_counter()
-                record(size, now - began)
-                if now > ends:
+                if now > ends and not gently:
                     break
             if now > ends and size not in (1, largest) and not self.sizes:
                 return
@@ -373,6 +397,13 @@ class Model:
         except Exception as error:
             raise InferenceFailed(str(error)) from error
         return bound.probabilities.copy()
+
+    def close(self) -> None:
+        """Lets go of the session and all its memory; nothing can be run any more."""
+        if self._replays:
+            self._replays.shutdown()
+        self._bound.clear()
+        del self._session
 
     def _replay(self, bound: _Bound) -> Probabilities:
         """A graph reads and writes where it did when it was recorded: in the card's own memory."""

@@ -8,9 +8,18 @@ import tf2onnx
 from onnx import numpy_helper
 
 from training.evaluate import Predict
+from training.variants import rounded
 
 INPUT, OUTPUT = "pixels", "probabilities"
 OPSET = 17
+
+
+def round_weights(network: keras.Model) -> None:
+    """Rounds kernels to what int8 graphs have for them, see `variants.rounded`."""
+    for layer in network._flatten_layers():
+        if (kernel := getattr(layer, "kernel", None)) is not None:
+            depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
+            kernel.assign(rounded(kernel.numpy(), depthwise))
 
 
 def logits_function(network: keras.Model, *, mirror: bool = False) -> Predict:

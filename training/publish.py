@@ -19,6 +19,7 @@ import numpy.typing as npt
 from service import bundle as bundles
 from service import profile
 from service.bundle import (
+    DATA,
     Bundle,
     Golden,
     Manifest,
@@ -126,6 +127,8 @@ class Candidate:
     labels: Sequence[str]
     network: Predict
     temperature: float = 1.0
+    # What graphs have in `bundle.DATA`.
+    data: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Findings:
 
     # Of the form of the float32 graph and of its answers.
     checks: list[Check]
-    # Bytes of each graph.
+    # Bytes of each graph, and of what they have in common by the name `bundle.DATA`.
     sizes: dict[str, int]
     parity: Parity | None = None
     evaluation: Evaluation | None = None
@@ -237,6 +240,8 @@ def examine(
     The thresholds come from the validation images; the test images choose nothing.
     """
     sizes = {name: len(graph) for name, graph in candidate.graphs.items()}
+    if candidate.data:
+        sizes[DATA] = len(candidate.data)
     checks: list[Check] = []
 
     def check(name: str, value: str, wanted: str, *, passed: bool) -> bool:
@@ -244,7 +249,7 @@ def examine(
         return passed
 
     try:
-        model = Model(candidate.graphs["fp32"], device)
+        model = Model(candidate.graphs["fp32"], device, data=candidate.data)
     except BrokenVersion as error:
         check("loads", _first_line(error), "a classifier that ONNX Runtime takes", passed=False)
         return Findings(checks, sizes)
@@ -301,7 +306,7 @@ def examine(
     models, said, unusable = {"fp32": model}, {"fp32": given}, {}
     for name in sorted(candidate.graphs.keys() - {"fp32"}):
         try:
-            models[name], said[name] = _variant(candidate.graphs[name], test, classes, device)
+            models[name], said[name] = _variant(candidate, name, test, classes, device)
         except (BrokenVersion, InferenceFailed, NotEvaluable) as error:
             unusable[name] = _first_line(error)
     batch = _batch(test.inputs, settings.max_batch_size)
@@ -332,9 +337,12 @@ def examine(
     )
 
 
-def _variant(graph: bytes, test: Split, classes: int, device: str) -> tuple[Model, Probabilities]:
+def _variant(
+    candidate: Candidate, name: str, test: Split, classes: int, device: str
+) -> tuple[Model, Probabilities]:
     """A graph in another precision, and its answers; raises what is wrong with it."""
-    model = Model(graph, device)
+    graph = candidate.graphs[name]
+    model = Model(graph, device, data=candidate.data)
     if model.fixed_batch is not None:
         raise NotEvaluable(f"its batch axis is fixed to {model.fixed_batch}")
     given = answers(model.run, test.inputs)
@@ -499,7 +507,7 @@ def gate(
                 findings.parity.label_agreement >= settings.min_agreement,
             ),
         ]
-    others = sorted(findings.sizes.keys() - {"fp32"}) if findings.evaluation else []
+    others = sorted(findings.sizes.keys() - {"fp32", DATA}) if findings.evaluation else []
     variants = [_variant_check(name, findings, settings) for name in others]
     dropped = {check.name for check in variants if not check.passed}
     size = sum(size for name, size in findings.sizes.items() if name not in dropped) / 1e6
@@ -706,10 +714,11 @@ def publish(
     said = {name: findings.models[name].run(pixels) for name in graphs}
     golden = Golden(pixels, said.pop("fp32"), said)
     onnx = graphs.pop("fp32")
-    bundle = Bundle(model, model.name, 0, described, onnx, golden, graphs)
+    data = candidate.data
+    bundle = Bundle(model, model.name, 0, described, onnx, golden, graphs, data)
     for name in ("fp32", *graphs):
         Model.load(bundle, findings.models[name].device, variant=name)
-    return bundles.write(model, described, onnx, golden, graphs, report, weights)
+    return bundles.write(model, described, onnx, golden, graphs, report, weights, data)
 
 
 def choose_golden(split: Split) -> Pixels:

@@ -81,13 +81,15 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
         return None
 
     with console.status("exporting to ONNX"):
+        if settings.storage == "int8":
+            export.round_weights(fitted.network)
         logits = export.logits_function(fitted.network, mirror=settings.mirror)
         temperature = fit_temperature(
             answers(logits, data.validation.inputs), data.validation.labels
         )
         serve = export.serving_function(fitted.network, temperature, mirror=settings.mirror)
-        graphs = _graphs(export.to_onnx(serve), data, settings, console)
-    candidate = Candidate(graphs, data.classes, export.predict(serve), temperature)
+        graphs, shared = _graphs(export.to_onnx(serve), data, settings, console)
+    candidate = Candidate(graphs, data.classes, export.predict(serve), temperature, shared)
     with console.status("proving the export"):
         findings = publish.examine(candidate, data, settings)
     folder = settings.models / data.name
@@ -197,14 +199,12 @@ def _start(settings: TrainingSettings, name: str) -> list[Any] | None:
 
 def _graphs(
     onnx: bytes, data: Dataset, settings: TrainingSettings, console: Console
-) -> dict[str, bytes]:
-    """The graph in every precision asked for that it can be made in."""
+) -> tuple[dict[str, bytes], bytes]:
+    """The graph in every precision asked for that it can be made in, and what they have in common."""
     from training import variants
 
     cleaned = variants.clean(onnx)
     graphs = {"fp32": cleaned}
-    if settings.storage == "float16":
-        graphs["fp32"] = variants.store_halves(cleaned)
     chosen = np.random.default_rng(settings.seed).permutation(len(data.train))[:_CALIBRATION]
     make: dict[str, Callable[[], bytes]] = {
         "int8": lambda: variants.int8(cleaned, data.train.inputs[np.sort(chosen)]),
@@ -215,7 +215,10 @@ def _graphs(
             graphs[name] = make[name]()
         except ConvoyError as error:
             console.print(f"[yellow]no {name} graph[/]: {escape(str(error))}", highlight=False)
-    return graphs
+    shared = b""
+    if settings.storage == "int8" and "int8" in graphs:
+        graphs["fp32"], graphs["int8"], shared = variants.share(graphs["fp32"], graphs["int8"])
+    return graphs, shared
 
 
 def _story(

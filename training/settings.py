@@ -178,10 +178,10 @@ class TrainingSettings:
     """Build into the exported graph that an answer is the mean of those to the image and to its mirror
     image: more accurate where flip makes sense, at twice the work."""
 
-    storage: Literal["float32", "float16"] = "float32"
-    """What the float32 graph's weights are stored in. float16 halves the file and moves probabilities
-    by about 1e-3, for which --max-parity has to be wider, such as 0.005; they are computed with in
-    float32 all the same."""
+    storage: Literal["float32", "int8"] = "float32"
+    """What the float32 graph's weights are stored in; they are computed with in float32 all the same.
+    int8 rounds the trained network to the weights that its int8 graph has, before anything is
+    measured, and both graphs share one file of them: a quarter of what the float32 graph took."""
 
     keep_weights: bool = True
     """Publish the network's own weights beside the graphs, for --warm-start. As large as the float32

@@ -15,6 +15,7 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+from service.bundle import DATA
 from service.errors import ConvoyError
 from service.images import Pixels
 
@@ -24,6 +25,10 @@ _CALIBRATION_BATCH = 32
 # So many neighbours in a row are computed as channels of one place: ONNX Runtime's integer
 # convolutions take channels in fours, and one or three cost nearly what many do.
 _BLOCK = 4
+# Of what an int8 graph's weights are: 7 bits and a sign, see `int8`.
+_LARGEST_WEIGHT = 64
+# Of weights in a file of their own, in bytes.
+_ALIGNMENT = 64
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -87,7 +92,7 @@ def fp16(data: bytes) -> bytes:
     """
     model = onnx.load_model_from_string(data)
     _name_nodes(model.graph)
-    _check_range(model.graph, "leave float16 out")
+    _check_range(model.graph)
     head = _head(model)
     exact = head and (head.scale == 1).all() and (head.shift == head.shift.round()).all()
     apart = [node.name for node in head.nodes] if head and not exact else []
@@ -102,24 +107,71 @@ def fp16(data: bytes) -> bytes:
     return bytes(made.SerializeToString())
 
 
-def store_halves(data: bytes) -> bytes:
-    """The same graph, its weights stored in half precision, which halves the file. They become
-    float32 when it is loaded, and all is computed in that.
-
-    Raises ConvoyError where a weight is beyond half precision.
+def rounded(kernel: npt.NDArray[Any], depthwise: bool = False) -> npt.NDArray[np.float32]:
+    """A kernel of Keras, `[..., in, out]`, on the grid that `int8` has for it: 129 values for each
+    output channel (`depthwise`: of each input channel), evenly from its largest weight's opposite to
+    that weight. A normalisation that goes into the kernel stretches the grid with it.
     """
-    model = onnx.load_model_from_string(data)
-    graph = model.graph
-    _check_range(graph, "store weights in float32")
-    for tensor in graph.initializer:
-        # What has one axis is little, and added to much.
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
+    weights = np.asarray(kernel, np.float64)
+    axes = tuple(range(weights.ndim - (2 if depthwise else 1)))
+    step = np.abs(weights).max(axis=axes, keepdims=True) / _LARGEST_WEIGHT
+    return np.asarray(np.rint(weights / np.where(step, step, 1)) * step, np.float32)
+
+
+def share(data: bytes, integers: bytes) -> tuple[bytes, bytes, bytes]:
+    """The float32 graph, the int8 graph made of it, and the file `bundle.DATA` that holds the weights
+    of both, once, as integers; where they are those of a network that is `rounded`. They become
+    float32 when the first is loaded, and all is computed in that, to the same answers.
+
+    Raises ConvoyError where they have no weights in common.
+    """
+    graph, other = onnx.load_model_from_string(data), onnx.load_model_from_string(integers)
+    constants = _constants(other.graph)
+    together, apart = bytearray(), list[tuple[TensorProto, int]]()
+    backs = {n.input[0]: n for n in other.graph.node if n.op_type == "DequantizeLinear"}
+    floats = [t for t in graph.graph.initializer if t.data_type == TensorProto.FLOAT]
+    for whole in other.graph.initializer:
+        back = backs.get(whole.name)
+        if not back or whole.data_type != TensorProto.INT8 or len(whole.dims) < 2:
             continue
-        name, values = tensor.name, numpy_helper.to_array(tensor)
-        half = _free_name(graph, f"{name}_half")
-        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), half))
-        graph.node.insert(0, helper.make_node("Cast", [half], [name], half, to=TensorProto.FLOAT))
-    return bytes(model.SerializeToString())
+        numbers, scale = numpy_helper.to_array(whole), constants[back.input[1]]
+        if scale.size > 1:
+            axis = _attributes(back).get("axis", 1) % numbers.ndim
+            scale = np.expand_dims(scale, [n for n in range(numbers.ndim) if n != axis])
+        for tensor in [tensor for tensor in floats if list(tensor.dims) == list(whole.dims)]:
+            off = np.abs(numpy_helper.to_array(tensor) - numbers * scale).max(initial=0)
+            if off < scale.min() / 100:
+                _make_of(graph.graph, tensor, numbers, scale)
+                apart += [(tensor, len(together)), (whole, len(together))]
+                together += numbers.tobytes() + bytes(-numbers.nbytes % _ALIGNMENT)
+                floats.remove(tensor)
+                break
+    for tensor, offset in apart:
+        length = len(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": DATA, "offset": offset, "length": length}.items():
+            tensor.external_data.add(key=key, value=str(value))
+    if not together:
+        raise ConvoyError(
+            "the int8 graph has none of the float32 graph's weights: store them in float32"
+        )
+    return bytes(graph.SerializeToString()), bytes(other.SerializeToString()), bytes(together)
+
+
+def _make_of(
+    graph: GraphProto,
+    tensor: TensorProto,
+    numbers: npt.NDArray[np.int8],
+    scale: npt.NDArray[np.float32],
+) -> None:
+    """Has a weight be made of integers when the graph is loaded."""
+    name = tensor.name
+    whole = _free_name(graph, f"{name}_int8")
+    tensor.CopyFrom(numpy_helper.from_array(numbers, whole))
+    steps, numbered = _add(graph, f"{name}_step", scale), _free_name(graph, f"{name}_steps")
+    graph.node.insert(0, helper.make_node("Cast", [whole], [numbered], whole, to=TensorProto.FLOAT))
+    graph.node.insert(1, helper.make_node("Mul", [numbered, steps], [name], numbered))
 
 
 def _optimised(model: ModelProto) -> ModelProto:
@@ -512,8 +564,8 @@ def _drop_halving(graph: GraphProto) -> None:
             graph.node.remove(up)
 
 
-def _check_range(graph: GraphProto, otherwise: str) -> None:
-    """Raises ConvoyError where a constant is beyond half precision; `otherwise` is the way out."""
+def _check_range(graph: GraphProto) -> None:
+    """Raises ConvoyError where a constant is beyond half precision."""
     for name, values in _constants(graph).items():
         if values.dtype != np.float32 or not values.size:
             continue
@@ -521,7 +573,8 @@ def _check_range(graph: GraphProto, otherwise: str) -> None:
         # Not `largest > ...`: that is False for NaN.
         if not largest <= _LARGEST_HALF:
             raise ConvoyError(
-                f"{name} holds {largest:.3g}, and float16 ends at {_LARGEST_HALF:.0f}: {otherwise}"
+                f"{name} holds {largest:.3g}, and float16 ends at {_LARGEST_HALF:.0f}: "
+                "leave float16 out"
             )
 
 

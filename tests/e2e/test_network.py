@@ -73,6 +73,25 @@ def test_what_is_exported_answers_as_the_network_does(
         np.testing.assert_allclose(model.run(data.test.inputs), flipped, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [BASIC, STRONG], ids=["basic", "strong"])
+def test_a_rounded_network_shares_its_weights_with_its_int8_graph(
+    settings: TrainingSettings,
+) -> None:
+    data = dataset()
+    fit.prepare(0)
+    built = network.build(data, settings)
+    export.round_weights(built)
+    serve = export.serving_function(built)
+    before = variants.clean(export.to_onnx(serve))
+    one, _, shared = variants.share(before, variants.int8(before, data.train.inputs))
+    kernels = sum(layer.kernel.numpy().size for layer in built.layers if hasattr(layer, "kernel"))
+    # The first convolution's stay as they are.
+    assert 0.9 * kernels < len(shared) < kernels + 64 * len(built.layers)
+    model = Model(one, "cpu", data=shared)
+    parity = compare(export.predict(serve), model.run, data.test.inputs, 64)
+    assert parity.max_abs_difference < 1e-5
+
+
 def test_weights_fit_whatever_is_computed_in() -> None:
     data = dataset()
     for settings in (BASIC, STRONG):

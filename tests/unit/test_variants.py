@@ -13,7 +13,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from service import bundle as bundles
 from service.bundle import Probabilities
-from service.errors import ConvoyError
+from service.errors import BrokenVersion, ConvoyError
 from service.images import Pixels
 from service.model import Model
 from tests.conftest import REPOSITORY
@@ -21,7 +21,7 @@ from tests.unit.graphs import classifier, graph, value
 from training import data as datasets
 from training.evaluate import score
 from training.settings import TrainingSettings
-from training.variants import clean, fp16, int8, store_halves
+from training.variants import clean, fp16, int8, rounded, share
 
 IMAGENET = (123.675, 116.28, 103.53)
 
@@ -295,21 +295,61 @@ def test_float16_is_within_and_float32_at_both_ends(mean: Any) -> None:
     assert 0 < np.abs(answers(made, pixels) - was).max() < 5e-3
 
 
-def test_weights_stored_in_halves_are_computed_with_in_float32(tmp_path: Path) -> None:
+def rounded_graph() -> bytes:
+    model = onnx.load_model_from_string(clean(exported()))
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) > 1 and tensor.data_type == TensorProto.FLOAT:
+            weights = onnx.numpy_helper.to_array(tensor)
+            # Keras has the outputs last, and so has what a fully connected layer becomes.
+            last = np.moveaxis(weights, 0, -1) if weights.ndim == 4 else weights
+            made = rounded(last)
+            made = np.moveaxis(made, -1, 0) if weights.ndim == 4 else made
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(made), tensor.name))
+    return bytes(model.SerializeToString())
+
+
+def test_graphs_of_rounded_weights_share_them_and_answer_as_before(tmp_path: Path) -> None:
+    before, pixels = rounded_graph(), images()
+    integers = int8(before, pixels)
+    one, other, data = share(before, integers)
+    # All but those of the first convolution, which int8 has in an order of its own.
+    shared = 16 * 16 * 9 * 3 + 16 * 5
+    assert shared <= len(data) < shared + 5 * 64
+    assert len(before) - len(one) > 2.5 * shared
+    model = Model(one, "cpu", data=data)
+    assert np.abs(model.run(pixels) - answers(before, pixels)).max() < 1e-5
+    assert (Model(other, "cpu", data=data).run(pixels) == answers(integers, pixels)).all()
+
+
+def test_a_graph_without_its_weights_is_no_model() -> None:
+    before, pixels = rounded_graph(), images()
+    one, _, _ = share(before, int8(before, pixels))
+    with pytest.raises(BrokenVersion):
+        Model(one, "cpu")
+
+
+def test_graphs_of_other_weights_share_nothing() -> None:
     before, pixels = clean(exported()), images()
-    made = store_halves(before)
-    assert len(made) < 0.7 * len(before)
-    assert 0 < np.abs(answers(made, pixels) - answers(before, pixels)).max() < 5e-3
-    assert kinds_run(made, tmp_path) == kinds_run(before, tmp_path)
-    # They are constants as before to what is done with the graph afterwards.
-    assert kinds(clean(made)) == kinds(before)
+    with pytest.raises(ConvoyError, match="none of the float32 graph's weights"):
+        share(before, int8(before, pixels))
 
 
-@pytest.mark.parametrize("make", [fp16, store_halves])
+def test_each_output_has_its_own_grid() -> None:
+    kernel = np.random.default_rng(0).normal(0, [[[[1, 100, 0]]]], (3, 3, 4, 3))
+    made = rounded(kernel)
+    steps = np.abs(kernel).max(axis=(0, 1, 2)) / 64
+    assert (made[..., 2] == 0).all()
+    for output in range(2):
+        numbers = made[..., output] / steps[output]
+        assert np.abs(numbers - numbers.round()).max() < 1e-4
+        assert np.abs(made - kernel)[..., output].max() <= steps[output] / 2 * 1.001
+    assert len(np.unique(rounded(kernel, depthwise=True)[..., 0, 0])) == 9
+
+
 @pytest.mark.parametrize("loudness", [1e6, float("nan")])
-def test_weights_beyond_halves_are_told_and_not_cut(make: Any, loudness: float) -> None:
+def test_weights_beyond_halves_are_told_and_not_cut(loudness: float) -> None:
     with pytest.raises(ConvoyError, match=r"constant_\d+ holds .*, and float16 ends at 65504: "):
-        make(exported(loudness=loudness))
+        fp16(exported(loudness=loudness))
 
 
 def test_the_shipped_digits_are_as_accurate_in_every_precision() -> None:
@@ -322,7 +362,6 @@ def test_the_shipped_digits_are_as_accurate_in_every_precision() -> None:
         cleaned,
         int8(cleaned, digits.train.inputs[:256]),
         fp16(cleaned),
-        store_halves(cleaned),
     ]
     for made in graphs:
         now = score(Model(made, device="cpu").run, digits.test)
