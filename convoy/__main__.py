@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import tomllib
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -20,12 +20,13 @@ from service.settings import IMAGE_SUFFIXES, Labels, Positive, Settings, Version
 from training.settings import RECIPES, AddSettings, TrainingSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import grpc
     from cyclopts.argument import ArgumentCollection
 
     from convoy.client import Prediction
+    from convoy.models import Folder, Server
 
 DEFAULT_SERVER = "localhost:8001"
 _PREFIX = "CONVOY_"
@@ -109,15 +110,32 @@ def _inherited(base: Path) -> tuple[dict[str, Any], str]:
     return {}, str(base)
 
 
+def _whose_models(_: App, commands: tuple[str, ...], arguments: "ArgumentCollection") -> None:
+    """Keeps the environment from giving orders: `models` takes from it no name and no version; and of
+    a server and a folder, it takes the one that a flag names.
+    """
+    if commands[:1] != ("models",):
+        return
+    either = [a for a in arguments if a.tokens and {"--server", "--models"} & set(a.names)]
+    said = any(a.tokens[0].source == "cli" for a in either)
+    for argument in arguments:
+        from_environment = argument.tokens and argument.tokens[0].source == "env"
+        if from_environment and (argument.index is not None or (said and argument in either)):
+            argument.tokens.clear()
+
+
 app = App(
     name="convoy",
     help="Train an image classifier, prove its ONNX export, serve it in batches over gRPC.",
     version=lambda: metadata.version("convoy-serving"),
-    config=(config.Env(_PREFIX, command=False), _recipe),
+    config=(config.Env(_PREFIX, command=False), _recipe, _whose_models),
     # So that `--mean 0.4 0.5 0.6` is one flag with three numbers.
     default_parameter=Parameter(consume_multiple=True),
 )
-models_app = App(name="models", help="List the versions in a models folder, or add a model to it.")
+models_app = App(
+    name="models",
+    help="Show the versions of models and what has become of them, and say which are to serve.",
+)
 app.command(models_app)
 
 _Flat = Parameter(name="*", negative_iterable=())
@@ -238,78 +256,144 @@ def _as_json(file: Path, prediction: "Prediction") -> str:
     return json.dumps(answer)
 
 
+@dataclass(frozen=True)
+class Whose:
+    """Whose models `convoy models` is about."""
+
+    server: str = ""
+    """HOST:PORT of a running server: it is asked, and told."""
+
+    models: Path | None = None
+    """Folder of models: it is read, and orders are written to it, which a server that serves it
+    follows. Default: ./models if there is one, else the models that come with Convoy."""
+
+    timeout_s: Positive = 120.0
+    """With --server, the deadline of each call, in seconds: an order is answered when it is carried
+    out."""
+
+    tls_ca: Path | None = None
+    """PEM file of the authorities that vouch for a server with TLS."""
+
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
+    """Print JSON: ls an object a line for each version, the others one object, the model."""
+
+
+_Whose = Annotated[Whose, _Flat]
+_Name = Annotated[str, Parameter(show_env_var=False)]
+_Version = Annotated[Version, Parameter(show_env_var=False)]
+
+
 @models_app.default
-def models_list(
-    *,
-    models: Path | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
-) -> int:
-    """List the versions in a models folder with their scores, newest first; exit 1 if one is broken.
+def models_ls(*, whose: _Whose = Whose()) -> int:
+    """List all versions of all models, newest first, and what has become of them.
+
+    Exits with 1 if one is broken.
+    """
+    from convoy.models import ls
+
+    with _models(whose) as models:
+        return ls(models, whose.as_json)
+
+
+models_app.command(models_ls, name="ls")
+
+
+@models_app.command(name="show")
+def models_show(name: _Name, /, *, whose: _Whose = Whose()) -> int:
+    """Show all there is to know of a model: its versions, their scores, and where requests go.
 
     Parameters
     ----------
-    models
-        Folder of models. Default: ./models if there is one, else the models that come with Convoy.
-    as_json
-        One JSON object a line.
+    name
+        Name of the model.
     """
-    from rich.console import Console
-    from rich.table import Table
+    from convoy.models import show
 
-    from service import bundle as bundles
-
-    folder = models or default_models()
-    rows = []
-    for name in bundles.names(folder):
-        for version in reversed(bundles.versions(folder / name)):
-            row: dict[str, Any] = {"model": name, "version": version}
-            try:
-                bundle = bundles.read(folder / name / str(version))
-            except ConvoyError as error:
-                rows.append({**row, "state": "broken", "error": str(error)})
-                continue
-            manifest = bundle.manifest
-            rows.append({
-                **row,
-                "state": "whole",
-                "accuracy": manifest.scores and manifest.scores.accuracy,
-                "test_images": manifest.scores and manifest.scores.images,
-                "parity": manifest.parity and manifest.parity.max_abs_difference,
-                "classes": len(manifest.labels),
-                "input": list(manifest.pixels.shape),
-                "bytes": len(bundle.onnx),
-                "created": manifest.created,
-            })  # fmt: skip
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-    elif rows:
-        table = Table(
-            "model", "version", "accuracy", "parity", "classes", "input", "size", "created"
-        )
-        for row in rows:
-            table.add_row(*_row(row))
-        # A pipe has no width to fit into.
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
-    else:
-        print(f"no models in {folder}: make one with `convoy train` or `convoy models add`")
-    return 1 if any(row["state"] == "broken" for row in rows) else 0
+    with _models(whose) as models:
+        return show(models, name, whose.as_json)
 
 
-def _row(row: dict[str, Any]) -> list[str]:
-    head = [row["model"], str(row["version"])]
-    if row["state"] == "broken":
-        return [*head, f"[red]broken[/]: {row['error']}"]
-    accuracy, parity = row["accuracy"], row["parity"]
-    return [
-        *head,
-        "unknown" if accuracy is None else f"{accuracy:.4f} of {row['test_images']}",
-        "unknown" if parity is None else f"{parity:.0e}",
-        str(row["classes"]),
-        "x".join(map(str, row["input"])),
-        f"{row['bytes'] / 1e6:.2f} MB",
-        row["created"],
-    ]
+@models_app.command(name="promote")
+def models_promote(name: str, version: _Version = 0, /, *, whose: _Whose = Whose()) -> int:
+    """Have a version answer the requests that name none. Ends a canary or shadow.
+
+    Parameters
+    ----------
+    name
+        Name of the model.
+    version
+        The version; where it is left out, the candidate of the canary or shadow.
+    """
+    return _order(whose, name, lambda models: models.promote(name, version))
+
+
+@models_app.command(name="rollback")
+def models_rollback(name: _Name, /, *, whose: _Whose = Whose()) -> int:
+    """Go back: from a canary or shadow to the stable version, else to the version before it.
+
+    Parameters
+    ----------
+    name
+        Name of the model.
+    """
+    return _order(whose, name, lambda models: models.rollback(name))
+
+
+@models_app.command(name="pin")
+def models_pin(name: _Name, /, *versions: _Version, whose: _Whose = Whose()) -> int:
+    """Serve these versions and no others, whatever is published.
+
+    Parameters
+    ----------
+    name
+        Name of the model.
+    versions
+        The newest of them answers requests that name none. Without any, the newest version is served
+        again.
+    """
+    return _order(whose, name, lambda models: models.pin(name, versions))
+
+
+@models_app.command(name="load")
+def models_load(name: _Name, /, *, whose: _Whose = Whose()) -> int:
+    """Serve a model that was unloaded, or is new; looks at its folder at once.
+
+    Parameters
+    ----------
+    name
+        Name of the model.
+    """
+    return _order(whose, name, lambda models: models.load(name))
+
+
+@models_app.command(name="unload")
+def models_unload(name: _Name, /, *, whose: _Whose = Whose()) -> int:
+    """Serve a model no longer, until it is loaded again.
+
+    Parameters
+    ----------
+    name
+        Name of the model.
+    """
+    return _order(whose, name, lambda models: models.unload(name))
+
+
+def _models(whose: Whose) -> "Folder | Server":
+    from convoy.models import Folder, Server
+
+    if not whose.server:
+        return Folder(whose.models or default_models())
+    if whose.models:
+        raise ConvoyError(f"--server {whose.server} and --models {whose.models}: give one of them")
+    return Server(whose.server, whose.timeout_s, _credentials(whose.tls_ca))
+
+
+def _order(whose: Whose, name: str, give: "Callable[[Folder | Server], None]") -> int:
+    from convoy.models import summarise
+
+    with _models(whose) as models:
+        give(models)
+        return summarise(models, name, whose.as_json)
 
 
 @models_app.command
@@ -490,7 +574,7 @@ def _check_environment() -> None:
     """
     known = {
         field.name
-        for kind in (Settings, TrainingSettings, AddSettings, BenchSettings)
+        for kind in (Settings, TrainingSettings, AddSettings, BenchSettings, Whose)
         for field in fields(kind)
     }
     known |= {"server", "model", "version", "top_k", "timeout_s", "tls_ca", "json"}

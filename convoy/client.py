@@ -133,18 +133,19 @@ class Classifier:
         target: str = DEFAULT_TARGET,
         *,
         model: str = "",
-        version: int = 0,
+        version: int | str = 0,
+        key: str = "",
         timeout_s: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """`model` may be empty where the server has one only; `version` 0 is the one that serves;
-        `timeout_s` is each call's deadline; `credentials`, such as those that
-        `grpc.ssl_channel_credentials` makes, are for a server with TLS. Raises ValueError for a version that can't be; so do
-        the calls for such a `top_k`.
+        """`model` may be empty where the server has one only; `version` is a number or a label such as
+        "stable", and 0 whichever the server chooses; where it chooses between two by share, all
+        requests of one `key` go to the same; `timeout_s` is each call's deadline; `credentials`, such
+        as those that `grpc.ssl_channel_credentials` makes, are for a server with TLS. Raises
+        ValueError for a version that can't be; so do the calls for such a `top_k`.
         """
-        _check("version", version, 0, 2**63)
-        self._target, self._model, self._version = target, model, version
-        self._timeout_s = timeout_s
+        self._asked = _asked(model, version, key)
+        self._target, self._timeout_s = target, timeout_s
         if credentials:
             self._channel = grpc.secure_channel(target, credentials, options=_OPTIONS)
         else:
@@ -169,7 +170,7 @@ class Classifier:
             for chunk in _chunks(images):
                 future = None
                 if chunk.images:
-                    request = chunk.request(self._model, self._version, top_k)
+                    request = chunk.request(self._asked, top_k)
                     future = self._stub.Classify.future(request, timeout=self._timeout_s)
                 calls.append((chunk, future))
                 if len(calls) == _CALLS:
@@ -185,7 +186,7 @@ class Classifier:
         try:
             return chunk.predictions(future.result() if future else pb.ClassifyResponse())
         except grpc.RpcError as error:
-            return chunk.refused(_explain(error, self._target))
+            return chunk.refused(explain(error, self._target))
 
     def models(self) -> list[pb.Model]:
         """What the server serves: messages convoy.v1.Model. Raises ClassifierError."""
@@ -194,7 +195,7 @@ class Classifier:
                 pb.ListModelsRequest(), timeout=self._timeout_s
             )
         except grpc.RpcError as error:
-            raise _explain(error, self._target) from error
+            raise explain(error, self._target) from error
         return list(response.models)
 
     def close(self) -> None:
@@ -227,13 +228,13 @@ class AsyncClassifier:
         target: str = DEFAULT_TARGET,
         *,
         model: str = "",
-        version: int = 0,
+        version: int | str = 0,
+        key: str = "",
         timeout_s: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        _check("version", version, 0, 2**63)
-        self._target, self._model, self._version = target, model, version
-        self._timeout_s = timeout_s
+        self._asked = _asked(model, version, key)
+        self._target, self._timeout_s = target, timeout_s
         if credentials:
             self._channel = grpc.aio.secure_channel(target, credentials, options=_OPTIONS)
         else:
@@ -272,10 +273,10 @@ class AsyncClassifier:
             return chunk.predictions(pb.ClassifyResponse())
         try:
             response = await self._stub.Classify(
-                chunk.request(self._model, self._version, top_k), timeout=self._timeout_s
+                chunk.request(self._asked, top_k), timeout=self._timeout_s
             )
         except grpc.RpcError as error:
-            return chunk.refused(_explain(error, self._target))
+            return chunk.refused(explain(error, self._target))
         return chunk.predictions(response)
 
     async def models(self) -> list[pb.Model]:
@@ -285,7 +286,7 @@ class AsyncClassifier:
                 pb.ListModelsRequest(), timeout=self._timeout_s
             )
         except grpc.RpcError as error:
-            raise _explain(error, self._target) from error
+            raise explain(error, self._target) from error
         return list(response.models)
 
     async def close(self) -> None:
@@ -324,8 +325,10 @@ class _Chunk:
     def full(self) -> bool:
         return len(self) >= _CALL_IMAGES or self.bytes >= _CALL_BYTES
 
-    def request(self, model: str, version: int, top_k: int) -> pb.ClassifyRequest:
-        return pb.ClassifyRequest(model=model, version=version, images=self.images, top_k=top_k)
+    def request(self, asked: pb.ClassifyRequest, top_k: int) -> pb.ClassifyRequest:
+        request = pb.ClassifyRequest(images=self.images, top_k=top_k)
+        request.MergeFrom(asked)
+        return request
 
     def refused(self, error: ClassifierError) -> list[Prediction]:
         """The predictions where the call failed. Raises `error`, unless the one image that the call
@@ -372,6 +375,14 @@ def _chunks(images: Iterable[ImageLike]) -> Iterator[_Chunk]:
         yield chunk
 
 
+def _asked(model: str, version: int | str, key: str) -> pb.ClassifyRequest:
+    """What all requests of a client say. Raises ValueError."""
+    if isinstance(version, str):
+        return pb.ClassifyRequest(model=model, version_label=version, key=key)
+    _check("version", version, 0, 2**63)
+    return pb.ClassifyRequest(model=model, version=version, key=key)
+
+
 def _check(name: str, value: int, least: int, limit: int) -> None:
     if not least <= value < limit:
         raise ValueError(f"{name} is {value}: it must be at least {least}, and less than {limit}")
@@ -403,7 +414,8 @@ def _message(image: ImageLike) -> pb.Image | ClassifierError:
     )
 
 
-def _explain(error: Any, target: str) -> ClassifierError:
+def explain(error: Any, target: str) -> ClassifierError:
+    """What a user is told of an `error` that a call to `target` raised."""
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
         details = f"no server answers at {target}: start one with `convoy serve` ({details})"
