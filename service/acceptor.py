@@ -17,6 +17,7 @@ from service.front import Front
 from service.health import Health, add_reflection
 from service.inference_rpc import InferenceRpc
 from service.metrics import Metrics
+from service.orders import Order
 from service.repository import Repository, Served
 from service.settings import Settings
 
@@ -44,9 +45,11 @@ class Acceptor:
         one_core: bool,
         shared_port: bool = False,
         on_ready: Callable[[bool], None] = lambda ready: None,
+        order: Order | None = None,
     ) -> None:
         """`one_core`: short batches run on the loop's own thread. `shared_port`: others listen on the
-        same one. `on_ready` hears of each change of `ready`.
+        same one. `on_ready` hears of each change of `ready`. `order` carries out what operators say,
+        if the settings allow that.
         """
         self._settings, self._repository, self._one_core = settings, repository, one_core
         self._on_ready = on_ready
@@ -80,10 +83,13 @@ class Acceptor:
         )
         self._open = self._stopping = self._was_ready = False
         self._health = Health(front)
-        ClassifierRpc(repository, front.hold).register(front)
-        InferenceRpc(repository, lambda: self.ready, front.hold).register(front)
-        add_reflection(front, [classifier_rpc.SERVICE, inference_rpc.SERVICE, HEALTH])
-        self._runs_here: list[Batcher | RemoteBatcher] = []
+        order = order if settings.allow_repository_control else None
+        ClassifierRpc(repository, front.hold, order).register(front)
+        InferenceRpc(repository, lambda: self.ready, front.hold, order).register(front)
+        services = [classifier_rpc.SERVICE, classifier_rpc.CONTROL, inference_rpc.SERVICE, HEALTH]
+        add_reflection(front, services)
+        self._runs_here: tuple[Batcher | RemoteBatcher, ...] = ()
+        repository.attach(self._start, self._stop, self.changed)
 
     @property
     def ready(self) -> bool:
@@ -110,9 +116,6 @@ class Acceptor:
 
     def run(self) -> None:
         """Serves until it was stopped and has drained."""
-        for entry in self._repository.entries():
-            if entry.served:
-                self._start(entry.served)
         self._loop.waiting, self._loop.step = self._waiting, self._run_batches
         self._loop.post(self._begin)
         # What is there now stays: the collector need not look through it again and again.
@@ -132,9 +135,12 @@ class Acceptor:
     def _start(self, served: Served) -> None:
         # What is sent to engines goes when all that has arrived is taken, in one go.
         if isinstance(served.batcher, RemoteBatcher) or (self._one_core and is_short(served)):
-            self._runs_here.append(served.batcher)
+            self._runs_here = (*self._runs_here, served.batcher)
         else:
             served.batcher.start()
+
+    def _stop(self, served: Served) -> None:
+        self._runs_here = tuple(each for each in self._runs_here if each is not served.batcher)
 
     def _waiting(self) -> bool:
         for batcher in self._runs_here:  # noqa: SIM110 (a generator costs more than the look)

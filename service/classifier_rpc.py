@@ -2,28 +2,36 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 import numpy as np
 
 from protos import classifier_pb2 as pb
-from service import bundle as bundles
 from service.batcher import Answer
 from service.errors import InvalidImage, InvalidRequest
 from service.front import Call, Front
 from service.images import Pixels
-from service.repository import Repository, Served
+from service.orders import Order, carry_out
+from service.repository import Entry, Repository, Served
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
+CONTROL = pb.DESCRIPTOR.services_by_name["ModelControl"].full_name
 
 
 class ClassifierRpc:
-    """The handlers of the service `SERVICE`."""
+    """The handlers of the services `SERVICE` and `CONTROL`."""
 
-    def __init__(self, repository: Repository, hold: Callable[[Call, int], None]) -> None:
-        """`hold` counts memory that a call is about to take: `Front.hold`."""
-        self._repository, self._hold = repository, hold
+    def __init__(
+        self,
+        repository: Repository,
+        hold: Callable[[Call, int], None],
+        order: Order | None = None,
+    ) -> None:
+        """`hold` counts memory that a call is about to take: `Front.hold`. `order` carries out what
+        operators say; None where they may not.
+        """
+        self._repository, self._hold, self._order = repository, hold, order
 
     def register(self, front: Front) -> None:
         front.unary(f"/{SERVICE}/Classify", pb.ClassifyRequest, self.classify)
@@ -31,6 +39,10 @@ class ClassifierRpc:
             f"/{SERVICE}/ClassifyStream", pb.ClassifyStreamRequest, self.classify_one, refuse_one
         )
         front.unary(f"/{SERVICE}/ListModels", pb.ListModelsRequest, self.list_models, always=True)
+        # However busy the service is: going back may be what helps.
+        front.unary(f"/{CONTROL}/Promote", pb.PromoteRequest, self.promote, always=True)
+        front.unary(f"/{CONTROL}/Rollback", pb.RollbackRequest, self.rollback, always=True)
+        front.unary(f"/{CONTROL}/Pin", pb.PinRequest, self.pin, always=True)
 
     async def classify(self, request: pb.ClassifyRequest, call: Call) -> pb.ClassifyResponse:
         response = pb.ClassifyResponse()
@@ -48,19 +60,25 @@ class ClassifierRpc:
         self, request: pb.ClassifyRequest, call: Call, response: pb.ClassifyResponse
     ) -> None:
         """Fills in the `response`: messages that are put into others are copied."""
-        served = self._repository.get(request.model, request.version)
-        call.model = served.name
-        if not request.images:
-            raise InvalidRequest("the request has no images: send at least one")
-        served.check_count(len(request.images))
-        self._hold(call, len(request.images) * served.image_bytes)
-        inputs = [_input(image) for image in request.images]
-        decoded, decode_s = await served.decode(inputs, call.deadline)
-        readable = [item for item in decoded if not isinstance(item, InvalidImage)]
-        answer: Answer | None = None
-        if readable:
-            pixels = readable[0][np.newaxis] if len(readable) == 1 else np.stack(readable)
-            answer = await served.run(pixels, call.deadline)
+        version: int | str = request.version_label or request.version
+        key = (lambda: request.key) if request.key else call.key
+        with self._repository.take(request.model, version, key) as served:
+            call.model = served.name
+            if not request.images:
+                raise InvalidRequest("the request has no images: send at least one")
+            served.check_count(len(request.images))
+            self._hold(call, len(request.images) * served.image_bytes)
+            inputs = [_input(image) for image in request.images]
+            decoded, decode_s = await served.decode(inputs, call.deadline)
+            readable = [item for item in decoded if not isinstance(item, InvalidImage)]
+            answer: Answer | None = None
+            if readable:
+                pixels = readable[0][np.newaxis] if len(readable) == 1 else np.stack(readable)
+                answer = await served.run(pixels, call.deadline)
+                if served.observed:
+                    given = zip(inputs, decoded, strict=True)
+                    taken = [each for each, item in given if not isinstance(item, InvalidImage)]
+                    served.answered(taken, pixels, answer.outputs)  # type: ignore[arg-type]
         response.model, response.version = served.name, served.version
         _add_results(response, served, decoded, answer, request.top_k or 1)
         timings = response.timings
@@ -73,27 +91,70 @@ class ClassifierRpc:
     async def list_models(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         response = pb.ListModelsResponse()
         for entry in self._repository.entries():
-            model = response.models.add(
-                name=entry.name,
-                versions=bundles.versions(self._repository.folder / entry.name),
-                reason=entry.reason,
-                state=pb.Model.UNAVAILABLE,
-            )
-            if entry.served:
-                served, manifest = entry.served, entry.served.manifest
-                model.state = pb.Model.READY
-                model.version = served.version
-                model.labels.extend(manifest.labels)
-                model.height, model.width, model.channels = manifest.pixels.shape
-                model.max_batch_size = manifest.max_batch_size
-                model.sha256 = served.bundle.sha256
-                model.device, model.variant = served.device, served.variant
-                if manifest.thresholds:
-                    model.unsure_threshold = manifest.thresholds.unsure
-                    model.class_thresholds.extend(manifest.thresholds.per_class)
-                if manifest.scores:
-                    model.accuracy = manifest.scores.accuracy
+            _describe(entry, response.models.add())
         return response
+
+    async def promote(self, request: pb.PromoteRequest, call: Call) -> pb.PromoteResponse:
+        response = pb.PromoteResponse()
+        await self._carry_out("promote", request.model, [request.version], response.model)
+        return response
+
+    async def rollback(self, request: pb.RollbackRequest, call: Call) -> pb.RollbackResponse:
+        response = pb.RollbackResponse()
+        await self._carry_out("rollback", request.model, [], response.model)
+        return response
+
+    async def pin(self, request: pb.PinRequest, call: Call) -> pb.PinResponse:
+        response = pb.PinResponse()
+        await self._carry_out("pin", request.model, request.versions, response.model)
+        return response
+
+    async def _carry_out(
+        self, verb: str, name: str, versions: Sequence[int], model: pb.Model
+    ) -> None:
+        """Gives an order, and fills in what the `model` has come to."""
+        await carry_out(self._order, verb, name, list(versions))
+        entries = self._repository.entries()
+        for entry in entries:
+            if entry.name == name or (not name and len(entries) == 1):
+                _describe(entry, model)
+
+
+def _describe(entry: Entry, model: pb.Model) -> None:
+    model.name, model.reason, model.state = entry.name, entry.reason, pb.Model.UNAVAILABLE
+    if entry.served:
+        served, manifest = entry.served, entry.served.manifest
+        model.state = pb.Model.READY
+        model.version = served.version
+        model.labels.extend(manifest.labels)
+        model.height, model.width, model.channels = manifest.pixels.shape
+        model.max_batch_size = manifest.max_batch_size
+        model.sha256 = served.bundle.sha256
+        model.device, model.variant = served.device, served.variant
+        if manifest.thresholds:
+            model.unsure_threshold = manifest.thresholds.unsure
+            model.class_thresholds.extend(manifest.thresholds.per_class)
+        if manifest.scores:
+            model.accuracy = manifest.scores.accuracy
+    model.policy = entry.state.policy
+    model.versions.extend(each.version for each in entry.state.versions)
+    for each in entry.state.versions:
+        model.version_states.add(
+            version=each.version,
+            state=pb.Version.State.Value(each.state.upper()),
+            reason=each.reason,
+            created=each.created,
+            sha256=each.sha256,
+            accuracy=each.accuracy,
+            test_images=each.test_images,
+        )
+    route = entry.route
+    model.version_labels.update(route.labels)
+    model.route.stable = route.stable
+    model.route.mode = pb.Route.STABLE
+    if route.candidate:
+        model.route.mode = pb.Route.SHADOW if route.shadow else pb.Route.CANARY
+        model.route.candidate, model.route.share = route.candidate, route.share
 
 
 def refuse_one(

@@ -21,6 +21,10 @@ class NotAllowed(ConvoyError):
     """The operator of this server does not let callers do that."""
 
 
+class NotPossible(ConvoyError):
+    """An order that can't be carried out as things are."""
+
+
 class Unsupported(ConvoyError):
     """The protocol has it, this server has not."""
 

@@ -26,6 +26,7 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: Code.INVALID_ARGUMENT,
     errors.UnknownModel: Code.NOT_FOUND,
     errors.NotAllowed: Code.PERMISSION_DENIED,
+    errors.NotPossible: Code.FAILED_PRECONDITION,
     errors.Unsupported: Code.UNIMPLEMENTED,
     errors.Overloaded: Code.RESOURCE_EXHAUSTED,
     errors.NotReady: Code.UNAVAILABLE,
@@ -35,6 +36,9 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
 }
 _INTERNAL = "internal error: please report it; the server's log says more"
 _DRAINING = "this server is shutting down: retry, another may answer"
+
+# The metadata by which callers say which requests belong together.
+KEY = "x-convoy-key"
 
 # What a caller is asked to wait, in seconds, where nobody can say better, and at the least and most.
 _RETRY_S = (0.1, 0.01, 5.0)
@@ -60,16 +64,26 @@ _MAX_WORDS_BYTES = 2000
 class Call:
     """What a handler knows of its call. `arrived` and `deadline` are on `time.monotonic`'s clock."""
 
-    __slots__ = ("arrived", "deadline", "held", "model", "raw")
+    __slots__ = ("arrived", "deadline", "held", "metadata", "model", "raw")
 
-    def __init__(self, deadline: float | None) -> None:
+    def __init__(
+        self, deadline: float | None, metadata: Sequence[tuple[str, str | bytes]] = ()
+    ) -> None:
         self.arrived, self.deadline = time.monotonic(), deadline
+        self.metadata = metadata
         # Bytes of the fields that were left out when the message was parsed, see `Front.unary`.
         self.raw: Sequence[memoryview] = ()
         # Set by the handler once it knows: the label under which the call is counted.
         self.model = ""
         # What it holds in memory, in bytes; `Front.hold` adds to it.
         self.held = 0
+
+    def key(self) -> str | None:
+        """Who asks, or about what, by the caller's metadata; None where that does not say."""
+        for name, value in self.metadata:
+            if name == KEY:
+                return value if isinstance(value, str) else value.decode(errors="replace")
+        return None
 
     def limit(self, deadline: float) -> None:
         """The caller asked, in the request itself, for an answer by then."""
@@ -317,7 +331,7 @@ class _Unary(Call):
     __slots__ = ("_ended", "_exchange", "_route", "_task", "_timer")
 
     def __init__(self, route: _Route, exchange: Exchange) -> None:
-        super().__init__(exchange.deadline)
+        super().__init__(exchange.deadline, exchange.metadata)
         self._route, self._exchange = route, exchange
         self._ended = False
         self._task: Task | None = None
@@ -453,7 +467,8 @@ class _Stream:
             self._over = True
             self.end_if_done()
             return
-        front, call = self._front, Call(self._exchange.deadline)
+        front = self._front
+        call = Call(self._exchange.deadline, self._exchange.metadata)
         refused, request, size = front.refusal(self._exchange.deadline), None, len(data)
         front.started()
         self._owed += 1

@@ -15,19 +15,43 @@ import numpy as np
 from google.protobuf.message import Message
 
 from protos import inference_pb2 as pb
-from service import bundle as bundles
 from service.errors import (
     InferenceFailed,
     InvalidImage,
     InvalidRequest,
     NotReady,
-    UnknownModel,
+    Unsupported,
 )
 from service.front import Call, Front, Handler
 from service.images import Pixels
-from service.repository import Repository, Served
+from service.orders import Order, carry_out
+from service.repository import (
+    BROKEN,
+    DRAINING,
+    IDLE,
+    INCOMPLETE,
+    LOADING,
+    READY,
+    STANDBY,
+    Repository,
+    Served,
+)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+
+_EXTENSIONS = ("model_repository",)
+
+# Triton's words for what has become of a version.
+_INDEXED = {
+    INCOMPLETE: "UNAVAILABLE",
+    IDLE: "UNAVAILABLE",
+    LOADING: "LOADING",
+    READY: "READY",
+    STANDBY: "READY",
+    DRAINING: "UNLOADING",
+    BROKEN: "UNAVAILABLE",
+}
+_ONE_REPOSITORY = "'repository_name' specification is not supported: there is one repository"
 
 _VERSION = re.compile(r"[0-9]{1,18}")
 
@@ -43,9 +67,13 @@ class InferenceRpc:
         repository: Repository,
         ready: Callable[[], bool],
         hold: Callable[[Call, int], None],
+        order: Order | None = None,
     ) -> None:
-        """`hold` counts memory that a call is about to take: `Front.hold`."""
+        """`hold` counts memory that a call is about to take: `Front.hold`. `order` carries out what
+        operators say; None where they may not.
+        """
         self._repository, self._ready, self._hold = repository, ready, hold
+        self._order = order
 
     def register(self, front: Front) -> None:
         calls: dict[str, tuple[type[Message], Handler]] = {
@@ -54,6 +82,12 @@ class InferenceRpc:
             "ModelReady": (pb.ModelReadyRequest, self.model_ready),
             "ServerMetadata": (pb.ServerMetadataRequest, self.server_metadata),
             "ModelMetadata": (pb.ModelMetadataRequest, self.model_metadata),
+            "RepositoryIndex": (pb.RepositoryIndexRequest, self.repository_index),
+            "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, self.repository_model_load),
+            "RepositoryModelUnload": (
+                pb.RepositoryModelUnloadRequest,
+                self.repository_model_unload,
+            ),
         }
         for name, (kind, handler) in calls.items():
             front.unary(f"/{SERVICE}/{name}", kind, handler, always=True)
@@ -82,7 +116,9 @@ class InferenceRpc:
     async def server_metadata(
         self, request: pb.ServerMetadataRequest, call: Call
     ) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name="convoy", version=metadata.version("convoy-serving"))
+        return pb.ServerMetadataResponse(
+            name="convoy", version=metadata.version("convoy-serving"), extensions=_EXTENSIONS
+        )
 
     async def model_metadata(
         self, request: pb.ModelMetadataRequest, call: Call
@@ -90,10 +126,9 @@ class InferenceRpc:
         served = self._get(request.name, request.version)
         call.model = served.name
         manifest, tensor = served.manifest, pb.ModelMetadataResponse.TensorMetadata
-        available = bundles.versions(self._repository.folder / served.name)
         return pb.ModelMetadataResponse(
             name=served.name,
-            versions=[str(version) for version in available],
+            versions=[str(version) for version in self._repository.versions(served.name)],
             platform="onnxruntime_onnx",
             inputs=[
                 tensor(name=manifest.input, datatype="UINT8", shape=[-1, *manifest.pixels.shape])
@@ -107,7 +142,13 @@ class InferenceRpc:
         )
 
     async def model_infer(self, request: pb.ModelInferRequest, call: Call) -> bytes:
-        served = self._get(request.model_name, request.model_version)
+        version = _version(request.model_version)
+        with self._repository.take(
+            request.model_name, version, functools.partial(_key, request, call)
+        ) as served:
+            return await self._infer(request, call, served)
+
+    async def _infer(self, request: pb.ModelInferRequest, call: Call, served: Served) -> bytes:
         call.model = served.name
         if request.outputs:
             _check_outputs(request, served)
@@ -122,6 +163,7 @@ class InferenceRpc:
         else:
             inputs = _read_input(request, raw, served)
         decode_s = 0.0
+        given = inputs
         if isinstance(inputs, list):
             self._hold(call, len(inputs) * served.image_bytes)
             decoded, decode_s = await served.decode(inputs, call.deadline)
@@ -133,6 +175,8 @@ class InferenceRpc:
         if answer.failed_rows:
             failed = np.flatnonzero(np.isnan(answer.outputs).any(axis=1)).tolist()
             raise InferenceFailed(f"the model failed on image {', '.join(map(str, failed))}")
+        if served.observed:
+            served.answered(given, inputs, answer.outputs)  # type: ignore[arg-type]
         head, rest = b"", pb.ModelInferResponse(id=request.id)
         always = _head(served.name, served.version, served.manifest.output, answer.outputs.shape)
         if raw:
@@ -150,10 +194,72 @@ class InferenceRpc:
             times["batch_size"].int64_param = answer.batch_size
         return head + rest.SerializeToString()
 
+    async def repository_index(
+        self, request: pb.RepositoryIndexRequest, call: Call
+    ) -> pb.RepositoryIndexResponse:
+        if request.repository_name:
+            raise Unsupported(_ONE_REPOSITORY)
+        response = pb.RepositoryIndexResponse()
+        for entry in self._repository.entries():
+            for each in entry.state.versions:
+                state, reason = _INDEXED[each.state], each.reason
+                if each.state == IDLE:
+                    reason = reason or f"not asked for, which is: {entry.state.policy}"
+                if state == "READY" or not request.ready:
+                    response.models.add(
+                        name=entry.name, version=str(each.version), state=state, reason=reason
+                    )
+        return response
+
+    async def repository_model_load(
+        self, request: pb.RepositoryModelLoadRequest, call: Call
+    ) -> pb.RepositoryModelLoadResponse:
+        name = _ordered(request, ())
+        await carry_out(self._order, "load", name)
+        return pb.RepositoryModelLoadResponse(model_name=name, is_loaded=True)
+
+    async def repository_model_unload(
+        self, request: pb.RepositoryModelUnloadRequest, call: Call
+    ) -> pb.RepositoryModelUnloadResponse:
+        name = _ordered(request, ("unload_dependents",))
+        await carry_out(self._order, "unload", name)
+        return pb.RepositoryModelUnloadResponse(model_name=name, is_unloaded=True)
+
     def _get(self, name: str, version: str) -> Served:
-        if version and not _VERSION.fullmatch(version):
-            raise UnknownModel(f"version {version!r} is no version: versions are positive integers")
-        return self._repository.get(name, int(version or 0))
+        return self._repository.get(name, _version(version))
+
+
+def _ordered(
+    request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest,
+    known: Sequence[str],
+) -> str:
+    """The model that an order is for, in Triton's form or KServe's, and with no parameters but the
+    `known` ones.
+    """
+    name = request.model_name or request.repository_name
+    if request.model_name and request.repository_name:
+        raise Unsupported(_ONE_REPOSITORY)
+    if not name:
+        raise InvalidRequest("the request names no model: set `model_name`")
+    if unknown := sorted(request.parameters.keys() - set(known)):
+        raise InvalidRequest(
+            f"parameters are not taken here: {', '.join(unknown)}; what a model is comes from the "
+            "models folder alone"
+        )
+    return name
+
+
+def _version(version: str) -> int | str:
+    """A number, or a label."""
+    return int(version or 0) if not version or _VERSION.fullmatch(version) else version
+
+
+def _key(request: pb.ModelInferRequest, call: Call) -> str | None:
+    """Which requests belong together: by metadata, a parameter, or the request's id."""
+    key = call.key()
+    if key is None and "key" in request.parameters:
+        key = request.parameters["key"].string_param
+    return key or request.id or None
 
 
 def _check_outputs(request: pb.ModelInferRequest, served: Served) -> None:

@@ -65,11 +65,29 @@ _FAMILIES = {
         "counter", "Images that cost device time though nobody waited any more: stays 0.", ("model",)
     ),
     "model_info": _Family(
-        "gauge", "1 for each model and version that serves.",
+        "gauge", "1 for each version that is loaded, and can be asked.",
         ("model", "version", "sha256", "device", "variant"),
     ),
+    "model_serving_version": _Family(
+        "gauge", "The version that answers requests which name none; 0 where none does.", ("model",)
+    ),
+    "model_version_state": _Family(
+        "gauge",
+        "1 for the state of each version: incomplete, idle, loading, ready, standby, draining or "
+        "broken.",
+        ("model", "version", "state"),
+    ),
+    "model_switches": _Family(
+        "counter", "Times that requests were given to another version.", ("model",)
+    ),
     "model_broken_versions": _Family(
-        "gauge", "Versions in the models folder that were refused; the log says why.", ("model",)
+        "gauge",
+        "Versions newer than the one that serves which are broken or not whole; the log says why.",
+        ("model",),
+    ),
+    "observer_failures": _Family(
+        "counter", "Answers that something which looks on could not take; the log says why.",
+        ("model",),
     ),
     "model_fallback": _Family(
         "gauge",
@@ -140,7 +158,8 @@ _FAMILIES = {
     "store_errors": _Family(
         "counter",
         "What went wrong with the object store: store (not to be reached), denied, corrupt (a file is "
-        "not what its manifest says), disk (the cache has no room).",
+        "not what its manifest says), changed (a version that serves was replaced), disk (the cache "
+        "has no room).",
         ("kind",),
     ),
     "store_fetched_bytes": _Family("counter", "Bytes of models fetched from the object store.", ()),
@@ -217,8 +236,28 @@ class Metrics:
     def serving(self, model: str, version: int, sha256: str, device: str, variant: str) -> None:
         self._numbers["model_info"][model, str(version), sha256, device, variant] = 1
 
+    def not_serving(self, model: str, version: int, sha256: str, device: str, variant: str) -> None:
+        self._numbers["model_info"].pop((model, str(version), sha256, device, variant), None)
+
+    def versions(self, model: str, stable: int, states: Iterable[tuple[int, str]]) -> None:
+        """What has become of each version of a model, and which is `stable`, 0 for none."""
+        self._numbers["model_serving_version"][model,] = stable
+        known = self._numbers["model_version_state"]
+        now: dict[Labels, float] = {}
+        for version, state in states:
+            now[model, str(version), state] = 1.0
+        for labels in [each for each in known if each[0] == model and each not in now]:
+            del known[labels]
+        known.update(now)
+
+    def switched(self, model: str) -> None:
+        _add(self._numbers["model_switches"], (model,), 1)
+
     def broken_versions(self, model: str, count: int) -> None:
         self._numbers["model_broken_versions"][model,] = count
+
+    def observer_failed(self, model: str) -> None:
+        _add(self._numbers["observer_failures"], (model,), 1)
 
     def fallback(self, model: str, has: bool) -> None:
         self._numbers["model_fallback"][model,] = has
@@ -259,7 +298,7 @@ class Metrics:
         _add(self._numbers["process_starts"], (process,), 1)
 
     def store_begins(self) -> None:
-        for kind in ("store", "denied", "corrupt", "disk"):
+        for kind in ("store", "denied", "corrupt", "changed", "disk"):
             self.store_error(kind, 0)
         self.store_fetched(0)
 

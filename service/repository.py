@@ -1,22 +1,28 @@
-"""Which models and versions exist, which one serves, and how images get through it."""
+"""Which versions of which models this process has loaded, which of them answers whom, and how images
+get through them.
+"""
 
+import ctypes
+import hashlib
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from service import bundle as bundles
 from service import images
 from service.batcher import Answer, Batch, Batcher, BatchTimes
-from service.bundle import Bundle
+from service.bundle import Bundle, Probabilities
 from service.channel import RemoteBatcher
 from service.cpu import Budget
 from service.device import Card
@@ -44,8 +50,29 @@ T = TypeVar("T")
 log = logging.getLogger("convoy.repository")
 
 
+class Answered(NamedTuple):
+    """Images that a version has answered: for each row its encoded bytes or pixels as they came,
+    the `pixels` uint8 `[N, H, W, C]` that it ran on, its `probabilities` float32 `[N, classes]` (NaN
+    in rows that it failed on), and whether these are `unsure`, bool `[N]`.
+    """
+
+    served: "Served"
+    inputs: Sequence[bytes | Pixels]
+    pixels: Pixels
+    probabilities: Probabilities
+    unsure: npt.NDArray[np.bool_]
+
+
+# Hears of what was answered, on the thread that callers wait for: it must be cheap, or hand on to a
+# bounded queue and drop what that does not take.
+Observer = Callable[[Answered], None]
+
+
 class Served:
-    """A version that answers: its batcher, and the pool that decodes for it."""
+    """A version that answers: its batcher, and the pool that decodes for it.
+
+    `with repository.take(...) as served` keeps it until the request is over.
+    """
 
     def __init__(
         self,
@@ -54,9 +81,16 @@ class Served:
         decoders: ThreadPoolExecutor,
         metrics: Metrics,
         settings: Settings,
+        observers: "Sequence[Observer]" = (),
     ) -> None:
         self.bundle, self.device, self.variant = bundle, made.device, made.variant
-        self.batcher = made.batcher
+        self.fallback = made.fallback
+        self.batcher, self._free = made.batcher, made.free
+        # Requests that are on it. Only the thread of those changes the number.
+        self._users = 0
+        self._leaving = False
+        self._unused = threading.Event()
+        self._observers, self._failed_observers = observers, set[Observer]()
         self.name, self.version, self.manifest = bundle.name, bundle.version, bundle.manifest
         # For each class what its probability must be, or the answer is unsure; None where nothing is.
         self.thresholds: list[float] | None = None
@@ -106,6 +140,31 @@ class Served:
         """So many were answered as unsure."""
         self._metrics.unsure(self.name, images)
 
+    @property
+    def observed(self) -> bool:
+        """Whether anyone wants to hear of `answered`."""
+        return bool(self._observers)
+
+    def answered(
+        self, inputs: Sequence[bytes | Pixels], pixels: Pixels, probabilities: Probabilities
+    ) -> None:
+        """Tells the observers what was answered: see `Answered`."""
+        unsure = np.zeros(len(probabilities), np.bool_)
+        if self.thresholds:
+            labels = probabilities.argmax(axis=1)
+            # Not `<` for NaN, which is no answer.
+            unsure = probabilities.max(axis=1) < np.asarray(self.thresholds)[labels]
+        told = Answered(self, inputs, pixels, probabilities, unsure)
+        for observer in self._observers:
+            try:
+                observer(told)
+            # The caller has his answer, whatever becomes of those who look on.
+            except Exception:
+                self._metrics.observer_failed(self.name)
+                if observer not in self._failed_observers:
+                    self._failed_observers.add(observer)
+                    log.exception("an observer failed; it is not logged again")
+
     async def aside(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises, done on the pool: what would keep other calls waiting."""
         result: T = await Wait(lambda done: _Aside(work, self._decoders, done))
@@ -149,9 +208,40 @@ class Served:
         self._run_s.observe(answer.run_s)
         return answer
 
+    # Its end.
+
+    def enter(self) -> bool:
+        """Keeps it for a request; False where it is too late."""
+        self._users += 1
+        if not self._leaving:
+            return True
+        self.__exit__()
+        return False
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        value: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        self._users -= 1
+        if self._leaving and not self._users:
+            self._unused.set()
+
+    def drain(self) -> None:
+        """Takes no more requests, and returns when those that it has are over."""
+        self._leaving = True
+        # A request that came before sees to it that this ends; one that comes now has seen it.
+        if self._users:
+            self._unused.wait()
+
     def close(self) -> None:
-        """Finishes what waits."""
+        """Finishes what waits, and lets go of the model."""
         self.batcher.close()
+        self._free()
 
 
 _OUTCOMES: dict[type[Exception], str] = {
@@ -233,15 +323,23 @@ class _Decoding:
             self._done(self._error or self._decoded)
 
 
-@dataclass
-class Entry:
-    """A model in the folder: what serves, or why nothing does."""
+class Made(NamedTuple):
+    """The batcher of a version, the device that its batches run on, in which variant, and why, where
+    that is not what was preferred. `free` lets go of its memory, when the batcher is closed.
+    """
 
-    name: str
-    served: Served | None
-    reason: str
-    # Newer versions that did not prove themselves.
-    broken: int
+    device: str
+    variant: str
+    batcher: Batcher | RemoteBatcher
+    fallback: str = ""
+    free: Callable[[], None] = lambda: None
+
+
+class Make(Protocol):
+    def __call__(self, bundle: Bundle, variant: str = "", gently: bool = False) -> Made:
+        """A batcher for the version, when it has proved itself. `variant`: which graph, where others
+        have decided that; `gently`: others are served meanwhile. Raises BrokenVersion.
+        """
 
 
 def runs_here(
@@ -249,16 +347,14 @@ def runs_here(
     budget: Budget,
     metrics: Metrics,
     on_bug: Callable[[BaseException], None],
-    pins: "Mapping[str, Pin] | None" = None,
-) -> "Make":
+) -> Make:
     """What makes a batcher with a model in this process, which has proved itself and knows how long
-    its batches take. `pins`: what other processes decided, whose variants are taken.
+    its batches take.
     """
 
-    def make(bundle: Bundle) -> Made:
+    def make(bundle: Bundle, variant: str = "", gently: bool = False) -> Made:
         name, size = bundle.name, bundle.manifest.max_batch_size
-        pin = (pins or {}).get(name)
-        wanted = pin.variant if pin and pin.variant else settings.variant
+        wanted = variant or settings.variant
         model = Model.load(
             bundle,
             settings.device,
@@ -266,6 +362,7 @@ def runs_here(
             variant=wanted,
             card=Card(settings.gpu_memory_mb, settings.cuda_graphs),
             deterministic=settings.deterministic,
+            gently=gently,
         )
         if model.fallback:
             log.warning("%s/%d %s", name, bundle.version, model.fallback)
@@ -275,7 +372,7 @@ def runs_here(
                 name, bundle.version, wanted, model.variant,
             )  # fmt: skip
         times = BatchTimes(size)
-        model.measure(bundle, times.record)
+        model.measure(bundle, times.record, gently=gently)
 
         def record(batch: Batch) -> None:
             metrics.batch(name, batch.rows, batch.run_s, batch.failed, batch.late_rows)
@@ -293,157 +390,288 @@ def runs_here(
             on_bug=on_bug,
             name=f"batcher {name}/{bundle.version}",
         )
-        return Made(model.device, model.variant, batcher, model.fallback)
+        return Made(model.device, model.variant, batcher, model.fallback, model.close)
 
     return make
 
 
-class Made(NamedTuple):
-    """The batcher of a version, the device that its batches run on, in which variant, and why, where
-    that is not what was preferred.
+class Loaded(NamedTuple):
+    """A version that a process has loaded: on which device, in which variant, why not otherwise, and
+    which contents these were (`Bundle.digest`).
     """
 
     device: str
     variant: str
-    batcher: Batcher | RemoteBatcher
-    fallback: str = ""
+    fallback: str
+    digest: str
 
 
-class Pin(NamedTuple):
-    """The version of a model that serves, 0 for none, on which device, in which variant; what is
-    wrong, and with how many newer versions.
+class Route(NamedTuple):
+    """Which version answers requests that name none: `stable`, 0 for none; but a `share` of them
+    `candidate`, or with `shadow` a copy of these. `labels` are names for versions.
     """
+
+    stable: int = 0
+    candidate: int = 0
+    share: float = 0.0
+    shadow: bool = False
+    labels: tuple[tuple[str, int], ...] = ()
+
+
+class VersionState(NamedTuple):
+    """What has become of a version, and why; and what its manifest says."""
 
     version: int
-    device: str
-    variant: str
+    state: str
+    reason: str = ""
+    created: str = ""
+    sha256: str = ""
+    accuracy: float | None = None
+    test_images: int = 0
+
+
+class ModelState(NamedTuple):
+    """What the Director knows of a model: `versions`, oldest first; its `policy`, for a person to
+    read; and what is wrong as a whole.
+    """
+
+    name: str
+    versions: tuple[VersionState, ...] = ()
+    policy: str = ""
+    reason: str = ""
+
+
+# States of a version.
+INCOMPLETE = "incomplete"  # not whole yet
+IDLE = "idle"  # whole, and not asked for
+LOADING = "loading"  # read, loaded, proved and warmed
+READY = "ready"  # can be asked
+STANDBY = "standby"  # was replaced, and is kept warm for a way back
+DRAINING = "draining"  # finishes the requests that it has
+BROKEN = "broken"  # refused
+
+
+class Entry(NamedTuple):
+    """A model: the version that answers those who name none, or why nothing does, or why a newer one
+    does not; its route, and what is known of each version.
+    """
+
+    name: str
+    served: Served | None
     reason: str
-    broken: int
-
-    @property
-    def decided(self) -> tuple[int, str]:
-        """What is the same in all processes; each may have a card of its own."""
-        return self.version, self.variant
+    route: Route
+    state: ModelState
 
 
-def serving(pins: Mapping[str, Pin]) -> str:
-    """What serves, for a person to read."""
-    return ", ".join(
-        f"{name}/{pin.version} on {pin.device}"
-        + (f" in {pin.variant}" if pin.variant != "fp32" else "")
-        for name, pin in pins.items()
-        if pin.version
-    )
+class _Model(NamedTuple):
+    """Never changed, only replaced: requests look at it while it is."""
+
+    route: Route
+    versions: Mapping[int, Served]
+    labels: Mapping[str, int]
+    stable: Served | None
+    candidate: Served | None
+    split: float  # below it, a request goes to the candidate
 
 
-# Raises BrokenVersion.
-Make = Callable[[Bundle], Made]
+_NOTHING = _Model(Route(), {}, {}, None, None, 0.0)
+
+
+def _model(route: Route, versions: Mapping[int, Served]) -> _Model:
+    candidate = versions.get(route.candidate)
+    split = route.share if candidate and not route.shadow else 0.0
+    return _Model(route, versions, dict(route.labels), versions.get(route.stable), candidate, split)
 
 
 class Repository:
-    """The models of one folder, each served in its newest version that proves itself."""
+    """The versions that this process has loaded, and which of them answers whom. What it loads, routes
+    and unloads is decided elsewhere: see `life.Director`.
+    """
 
     def __init__(
-        self,
-        folder: Path,
-        settings: Settings,
-        budget: Budget,
-        metrics: Metrics,
-        make: Make,
-        *,
-        pins: "Mapping[str, Pin] | None" = None,
-        stopping: Callable[[], bool] = lambda: False,
+        self, folder: Path, settings: Settings, budget: Budget, metrics: Metrics, make: Make
     ) -> None:
-        """Loads every model, or those before `stopping`. `pins`: models and their versions, where
-        that has been decided. Raises BrokenVersion where none at all can be served.
-        """
         self.folder = folder
+        # Called for whatever is answered: see `Served.answered`.
+        self.observers: list[Observer] = []
         self._settings, self._metrics, self._make = settings, metrics, make
         self._decoders = ThreadPoolExecutor(budget.decode_threads, thread_name_prefix="decode")
-        self._entries: dict[str, Entry] = {}
-        for name in bundles.names(folder) if pins is None else pins:
-            if stopping():
+        self._models: dict[str, _Model] = {}
+        self._states: dict[str, ModelState] = {}
+        self._changing = threading.Lock()
+        self._start: Callable[[Served], None] = _ignore
+        self._stop: Callable[[Served], None] = _ignore
+        self._changed: Callable[[], None] = _ignore
+
+    def attach(
+        self,
+        start: Callable[[Served], None],
+        stop: Callable[[Served], None],
+        changed: Callable[[], None],
+    ) -> None:
+        """From now on each version that is loaded, and those that are already, is handed to `start`
+        before it can be asked, and to `stop` when nobody asks it any more; `changed` hears that
+        something has changed. They are called on the threads that load and unload.
+        """
+        with self._changing:
+            for model in self._models.values():
+                for served in model.versions.values():
+                    start(served)
+            self._start, self._stop, self._changed = start, stop, changed
+
+    # The Director's verbs.
+
+    def load(
+        self,
+        name: str,
+        version: int,
+        *,
+        digest: str = "",
+        variant: str = "",
+        gently: bool = False,
+    ) -> Loaded:
+        """Loads a version aside, has it prove itself, and warms it: then it can be asked by its
+        number. One that is loaded stays as it is.
+
+        `digest`: only these contents; `variant`: which graph, where others have decided that;
+        `gently`: in a small share of the CPU. Raises BrokenVersion.
+        """
+        known = self._models.get(name, _NOTHING).versions.get(version)
+        if known and variant in ("", known.variant):
+            return _loaded(known, digest)
+        if known:
+            self.unload(name, version)
+        try:
+            bundle = bundles.read(self.folder / name / str(version))
+            if digest not in ("", bundle.digest):
+                raise BrokenVersion(_CHANGED.format(bundle.folder))
+            made = self._make(bundle, variant, gently)
+        except BrokenVersion:
+            raise
+        # Whatever is wrong with one version, the others and the other models can be served.
+        except Exception as error:
+            log.exception("%s/%d can't be loaded", name, version)
+            raise BrokenVersion(str(error) or repr(error)) from error
+        lean = bundles.without_graphs(bundle)
+        served = Served(lean, made, self._decoders, self._metrics, self._settings, self.observers)
+        with self._changing:
+            self._start(served)
+            model = self._models.get(name, _NOTHING)
+            self._models = {
+                **self._models,
+                name: _model(model.route, {**model.versions, version: served}),
+            }
+        self._metrics.serving(name, version, bundle.sha256, made.device, made.variant)
+        self._metrics.fallback(name, bool(made.fallback))
+        self._changed()
+        return _loaded(served, digest)
+
+    def route(self, name: str, route: Route) -> None:
+        """From now on requests for the model go there."""
+        with self._changing:
+            model = self._models.get(name, _NOTHING)
+            self._models = {**self._models, name: _model(route, model.versions)}
+        if served := self._models[name].stable:
+            self._metrics.fallback(name, bool(served.fallback))
+        self._changed()
+
+    def unload(self, name: str, version: int) -> None:
+        """Gives up a version: returns when the requests that are on it are over, and its memory is
+        free.
+        """
+        with self._changing:
+            model = self._models.get(name, _NOTHING)
+            served = model.versions.get(version)
+            if served is None:
                 return
-            if pins is None:
-                entry = self._load(name, bundles.versions(folder / name)[::-1])
-            else:
-                pin = pins[name]
-                entry = self._load(name, [pin.version] if pin.version else [])
-                entry = replace(
-                    entry, reason=pin.reason or entry.reason, broken=pin.broken + entry.broken
-                )
-            self._entries[name] = entry
-            metrics.broken_versions(name, entry.broken)
-        if not self._entries:
-            raise BrokenVersion(
-                f"no models in {folder}: train one with `convoy train --models {folder}`, "
-                f"or add one with `convoy models add NAME file.onnx --models {folder}`"
-            )
-        if not any(entry.served for entry in self._entries.values()):
-            reasons = "; ".join(entry.reason for entry in self._entries.values())
-            raise BrokenVersion(f"no model in {folder} can be served: {reasons}")
-        # Links too: one that leads nowhere is no folder.
-        ignored = sorted(
-            each.name
-            for each in folder.iterdir()
-            if (each.is_dir() or each.is_symlink())
-            and each.name not in self._entries
-            and not each.name.startswith(".")
+            left = {number: each for number, each in model.versions.items() if number != version}
+            self._models = {**self._models, name: _model(model.route, left)}
+        self._changed()
+        served.drain()
+        self._stop(served)
+        served.close()
+        self._metrics.not_serving(
+            name, version, served.bundle.sha256, served.device, served.variant
         )
-        if ignored:
-            log.warning(
-                "not taken for models: %s; a model is a folder with a folder for each version in it "
-                "(1, 2, ...), named by letters, digits, '.', '_' and '-'",
-                ", ".join(map(repr, ignored)),
-            )
+        del served
+        _trim()
 
-    def _load(self, name: str, versions: Sequence[int]) -> Entry:
-        reasons: list[str] = []
-        for version in versions:
-            try:
-                bundle = bundles.read(self.folder / name / str(version))
-                made = self._make(bundle)
-            # Whatever is wrong with one version, the others and the other models can be served.
-            except Exception as error:
-                unforeseen = None if isinstance(error, BrokenVersion) else error
-                log.error("%s/%d is not served: %s", name, version, error, exc_info=unforeseen)
-                reasons.append(str(error) or repr(error))
-                continue
-            served = Served(bundle, made, self._decoders, self._metrics, self._settings)
-            self._metrics.serving(name, version, bundle.sha256, made.device, made.variant)
-            self._metrics.fallback(name, bool(made.fallback))
-            reason = "; ".join(filter(None, (*reasons[:1], made.fallback)))
-            return Entry(name, served, reason, len(reasons))
-        reason = reasons[0] if reasons else "no version of it works"
-        return Entry(name, None, reason, len(reasons))
+    def show(self, states: Sequence[ModelState]) -> None:
+        """What is known of all models, for those who ask."""
+        self._states = {state.name: state for state in states}
+        self._changed()
 
-    def get(self, name: str, version: int = 0) -> Served:
-        """What answers for model `name` (empty: the only one there is), `version` (0: any).
+    # What requests ask.
+
+    def get(
+        self, name: str, version: int | str = 0, key: Callable[[], str | None] | None = None
+    ) -> Served:
+        """What answers for model `name` (empty: the only one there is) in this `version`, a number or
+        a label; without one (0 or empty) by the model's route. While that has a candidate, requests
+        of one `key` always get the same one of both; without a key chance decides.
 
         Raises UnknownModel, or NotReady where the model has no version that works.
         """
-        if not name and len(self._entries) == 1:
-            name = next(iter(self._entries))
-        entry = self._entries.get(name)
-        if entry is None:
-            missing = f"no model {name!r} here" if name else "several models are served: name one"
-            raise UnknownModel(f"{missing}; there is: {', '.join(self._entries)}")
-        if entry.served is None:
+        model = self._models.get(name)
+        if model is None or not model.versions:
+            name, model = self._find(name)
+        if version:
+            return self._named(name, model, version)
+        if model.candidate and model.split > _position(model, key):
+            return model.candidate
+        if model.stable is None:
             raise NotReady(f"model {name!r} has no version that works; the server's log says why")
-        if version not in (0, entry.served.version):
-            raise UnknownModel(
-                f"version {version} of model {name!r} is not served: "
-                f"use version {entry.served.version}, or leave it out"
-            )
-        return entry.served
+        return model.stable
+
+    def take(
+        self, name: str, version: int | str = 0, key: Callable[[], str | None] | None = None
+    ) -> Served:
+        """As `get`; `with` it, for as long as the request is on it: so long it stays."""
+        while True:
+            served = self.get(name, version, key)
+            if served.enter():
+                return served
+
+    def candidate(self, name: str) -> Served | None:
+        """The version that gets a share of the requests, or a copy of some."""
+        return self._models.get(name, _NOTHING).candidate
+
+    def _find(self, name: str) -> tuple[str, _Model]:
+        """A model by its name, or the only one there is."""
+        names = list(self._states or self._models)
+        if not name and len(names) == 1:
+            name = names[0]
+        if name not in names and not self._models.get(name, _NOTHING).versions:
+            missing = f"no model {name!r} here" if name else "several models are served: name one"
+            raise UnknownModel(f"{missing}; there is: {', '.join(names)}")
+        return name, self._models.get(name, _NOTHING)
+
+    def _named(self, name: str, model: _Model, version: int | str) -> Served:
+        number = version if isinstance(version, int) else model.labels.get(version, 0)
+        if not number:
+            known = ", ".join(sorted(model.labels)) or "none"
+            raise UnknownModel(f"model {name!r} has no version {version!r}; its labels: {known}")
+        served = model.versions.get(number)
+        if served is not None:
+            return served
+        if not model.versions:
+            raise NotReady(f"model {name!r} has no version that works; the server's log says why")
+        there = ", ".join(map(str, sorted(model.versions)))
+        raise UnknownModel(
+            f"version {number} of model {name!r} is not served: use version {there}, or leave it out"
+        )
+
+    def versions(self, name: str) -> list[int]:
+        """Those of a model that are on the disk, or loaded; oldest first."""
+        return [each.version for each in self._states.get(name, ModelState(name)).versions]
 
     def check(self, deadline: float | None) -> None:
         """Raises Overloaded where no model can take on a single image more by then."""
         refusal: Overloaded | None = None
-        for entry in self._entries.values():
-            if entry.served is not None:
+        for model in self._models.values():
+            if model.stable is not None:
                 try:
-                    entry.served.batcher.check(deadline)
+                    model.stable.batcher.check(deadline)
                 except Overloaded as error:
                     refusal = error
                     continue
@@ -455,26 +683,59 @@ class Repository:
             raise refusal
 
     def entries(self) -> list[Entry]:
-        return list(self._entries.values())
-
-    def pins(self) -> "dict[str, Pin]":
-        """What was decided here, for other processes to do the same."""
-        return {
-            name: Pin(
-                entry.served.version,
-                entry.served.device,
-                entry.served.variant,
-                entry.reason,
-                entry.broken,
-            )
-            if entry.served
-            else Pin(0, "", "", entry.reason, entry.broken)
-            for name, entry in self._entries.items()
-        }
+        """All models, those that nothing serves too."""
+        models, states = self._models, self._states
+        entries = []
+        for name in dict.fromkeys((*states, *models)):
+            model, state = models.get(name, _NOTHING), states.get(name, ModelState(name))
+            stable = model.stable.version if model.stable else 0
+            broken = [
+                each.reason
+                for each in reversed(state.versions)
+                if each.version > stable and each.state in (BROKEN, INCOMPLETE)
+            ]
+            reasons = [state.reason, *broken[:1], model.stable.fallback if model.stable else ""]
+            reason = "; ".join(filter(None, reasons))
+            if not model.stable:
+                reason = reason or "no version of it works"
+            entries.append(Entry(name, model.stable, reason, model.route, state))
+        return entries
 
     def close(self) -> None:
-        """Finishes what waits, in every model."""
-        for entry in self._entries.values():
-            if entry.served:
-                entry.served.close()
+        """Finishes what waits, in every version."""
+        for model in self._models.values():
+            for served in model.versions.values():
+                served.close()
         self._decoders.shutdown(cancel_futures=True)
+
+
+_CHANGED = "{} was changed: a version never changes, publish a new one"
+
+
+def _loaded(served: Served, digest: str) -> Loaded:
+    bundle = served.bundle
+    if digest not in ("", bundle.digest):
+        raise BrokenVersion(_CHANGED.format(bundle.folder))
+    return Loaded(served.device, served.variant, served.fallback, bundle.digest)
+
+
+def _position(model: _Model, key: Callable[[], str | None] | None) -> float:
+    """Where a request stands between 0 and 1: those of one key always at the same place, which is
+    another for each candidate, or the same callers would try out all of them.
+    """
+    known = key() if key and model.split else None
+    if known is None:
+        return random.random()
+    salted = f"{model.route.candidate} {known}".encode(errors="replace")
+    return int.from_bytes(hashlib.blake2b(salted, digest_size=8).digest()) / 2**64
+
+
+def _ignore(_: object = None) -> None:
+    """For those who do not want to know."""
+
+
+def _trim() -> None:
+    """Gives memory that was freed back to the system, where the C library keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)

@@ -7,8 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -17,10 +19,14 @@ from service import metrics
 from service.acceptor import Acceptor, bracketed, no_port
 from service.cpu import split, usable_cores
 from service.errors import ConvoyError
-from service.metrics import Metrics
-from service.repository import Repository, runs_here, serving
+from service.life import Alone, Director, leave
+from service.metrics import Metrics, Snapshot, merge
+from service.repository import Repository, runs_here
 from service.settings import Settings, default_models
 from service.workers import Supervisor, log_to_stderr
+
+if TYPE_CHECKING:
+    from service.store import Store
 
 log = logging.getLogger("convoy.server")
 
@@ -31,21 +37,40 @@ def serve(settings: Settings) -> int:
     Ready means that every model that serves has proved itself and is warm, and the port is open.
     """
     log_to_stderr(settings)
+    try:
+        if not isinstance(settings.models, str):
+            return _serve(settings)
+        from service.store import Store  # needs obstore
+
+        store = Store.of(settings)
+        try:
+            return _serve(replace(settings, models=store.folder), store)
+        finally:
+            store.close()
+    except (ConvoyError, OSError) as error:
+        log.error("%s", error)
+        return 1
+
+
+def _serve(settings: Settings, store: "Store | None" = None) -> int:
     several = settings.acceptors > 1 or settings.engines > 0
     server: _Alone | _Several = _Several(settings) if several else _Alone(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.on_signal)
+
+    def snapshot() -> Snapshot:
+        return merge([server.snapshot(), *([store.metrics.snapshot()] if store else [])])
+
+    registry = metrics.registry(snapshot)
+    http = _serve_http(settings.host, settings.metrics_port, registry, server.ready)
     try:
-        snapshot, ready = server.snapshot, server.ready
-        http = _serve_http(settings.host, settings.metrics_port, metrics.registry(snapshot), ready)
-        try:
-            return server.run(http.server_port)
-        finally:
-            http.shutdown()
-            http.server_close()
-    except (ConvoyError, OSError) as error:
-        log.error("%s", error)
-        return 1
+        if store:
+            store.in_use = server.in_use
+            store.start(server.stopping)
+        return server.run(http.server_port)
+    finally:
+        http.shutdown()
+        http.server_close()
 
 
 def _tell_ready(settings: Settings, models: str, port: int, http_port: int) -> None:
@@ -65,6 +90,7 @@ class _Alone:
         self._acceptor: Acceptor | None = None
         self._signals: list[int] = []
         self._bug: BaseException | None = None
+        self._director: Director | None = None
         self.snapshot = self._metrics.snapshot
 
     def run(self, http_port: int) -> int:
@@ -72,36 +98,61 @@ class _Alone:
         budget = split(cores, 1, 0, settings.decode_threads, settings.run_threads)
         log.info("%s", budget)
         self._metrics.budget(budget)
-        repository = Repository(
-            settings.models or default_models(),
-            settings,
-            budget,
+        folder = Path(settings.models or default_models())
+        make = runs_here(settings, budget, self._metrics, self._on_bug)
+        repository = Repository(folder, settings, budget, self._metrics, make)
+        crew = Alone(repository)
+        director = Director(
+            folder,
+            crew,
             self._metrics,
-            runs_here(settings, budget, self._metrics, self._on_bug),
-            stopping=lambda: bool(self._signals),
+            watch_s=settings.watch_s,
+            rollback_window_s=settings.rollback_window_s,
         )
+        self._director = director
+        told = False
+
+        def on_ready(ready: bool) -> None:
+            nonlocal told
+            if ready and not told:
+                told = True
+                _tell_ready(settings, director.serving(), port, http_port)
+
         try:
+            director.settle(lambda: bool(self._signals))
             if self._signals:  # one came while models loaded
                 return 0
-
-            def on_ready(ready: bool) -> None:
-                if ready:
-                    _tell_ready(settings, serving(repository.pins()), port, http_port)
-
             acceptor = Acceptor(
-                settings, repository, self._metrics, one_core=cores < 2, on_ready=on_ready
+                settings,
+                repository,
+                self._metrics,
+                one_core=cores < 2,
+                on_ready=on_ready,
+                order=director.order,
             )
             port = acceptor.bind(settings.port)
             self._acceptor = acceptor
             if self._signals or self._bug:  # one came before there was an acceptor to tell
                 acceptor.stop(0.0)
+            crew.start()
+            director.start()
             acceptor.run()
         finally:
+            director.close()
             repository.close()
-        return 1 if self._bug else 0
+        status = 1 if self._bug else 0
+        leave(status, crew.busy)
+        return status
 
     def ready(self) -> bool:
         return self._acceptor is not None and self._acceptor.ready
+
+    def stopping(self) -> bool:
+        return bool(self._signals)
+
+    def in_use(self) -> set[tuple[str, int]]:
+        """See `life.Director`."""
+        return self._director.in_use() if self._director else set()
 
     def on_signal(self, number: int, _: object) -> None:
         self._signals.append(number)
@@ -131,6 +182,9 @@ class _Several:
             _tell_ready(self._settings, models, port, http_port)
 
         return self._supervisor.run(on_ready)
+
+    def stopping(self) -> bool:
+        return bool(self._signals)
 
     def on_signal(self, number: int, _: object) -> None:
         self._signals += 1

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from service import gpu
 from service.acceptor import Acceptor, is_short, no_port
@@ -27,8 +27,9 @@ from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatc
 from service.cpu import Budget, split, usable_cores
 from service.device import Device
 from service.errors import ConvoyError
+from service.life import Alone, Director
 from service.metrics import Metrics, Snapshot, merge
-from service.repository import Made, Make, Pin, Repository, runs_here, serving
+from service.repository import Made, Make, Repository, Route, runs_here
 from service.settings import Settings, default_models
 
 log = logging.getLogger("convoy.workers")
@@ -53,6 +54,18 @@ def log_to_stderr(settings: Settings, process: str = "") -> None:
         format=f"%(asctime)s %(levelname)-8s {process and process + ' '}%(name)s: %(message)s",
         stream=sys.stderr,
     )
+
+
+class Pin(NamedTuple):
+    """The version of a model that serves, on which device, in which variant."""
+
+    version: int
+    device: str
+    variant: str
+
+
+def serving(pins: "dict[str, Pin]") -> str:
+    return ", ".join(f"{name}/{pin.version} on {pin.device}" for name, pin in pins.items())
 
 
 @dataclass(frozen=True)
@@ -133,18 +146,19 @@ class _Worker:
 
     def _repository(self, make: Make) -> Repository:
         orders = self._orders
-        return Repository(
-            orders.settings.models or default_models(),
-            orders.settings,
-            orders.budget,
-            self._metrics,
-            make,
-            pins=orders.pins,
-        )
+        folder = Path(orders.settings.models or default_models())
+        repository = Repository(folder, orders.settings, orders.budget, self._metrics, make)
+        if orders.pins is None:
+            Director(folder, Alone(repository), self._metrics).settle()
+        else:
+            for name, pin in orders.pins.items():
+                repository.load(name, pin.version, variant=pin.variant)
+                repository.route(name, Route(pin.version))
+        return repository
 
     def _runs_here(self) -> Make:
         orders = self._orders
-        return runs_here(orders.settings, orders.budget, self._metrics, self._on_bug, orders.pins)
+        return runs_here(orders.settings, orders.budget, self._metrics, self._on_bug)
 
     def engine(self) -> None:
         repository = self._repository(self._runs_here())
@@ -157,7 +171,7 @@ class _Worker:
                     served.batcher.start()
         server = EngineServer(socket.socket(fileno=self._orders.listener), hosted)
         self._stop = lambda delay_s: server.close()
-        self._tell("ready", repository.pins())
+        self._tell("ready", _pins(repository))
         server.serve()
         repository.close()
 
@@ -179,7 +193,7 @@ class _Worker:
             self._metrics,
             one_core=orders.budget.cores < 2 * orders.budget.acceptors,
             shared_port=True,
-            on_ready=lambda ready: self._tell("ready", repository.pins() if ready else None),
+            on_ready=lambda ready: self._tell("ready", _pins(repository) if ready else None),
         )
         acceptor.bind(orders.port)
         self._stop = acceptor.stop
@@ -192,13 +206,21 @@ class _Worker:
         """What makes a batcher whose batches run in the engines."""
         settings, pins = self._orders.settings, self._orders.pins or {}
 
-        def make(bundle: Bundle) -> Made:
+        def make(bundle: Bundle, variant: str = "", gently: bool = False) -> Made:
             pin = pins[bundle.name]
             info = _info(bundle, pin.device)
             batcher = RemoteBatcher(engines, info, max_wait_s=settings.max_wait_s)
             return Made(pin.device, pin.variant, batcher)
 
         return make
+
+
+def _pins(repository: Repository) -> dict[str, Pin]:
+    return {
+        entry.name: Pin(entry.served.version, entry.served.device, entry.served.variant)
+        for entry in repository.entries()
+        if entry.served
+    }
 
 
 def _info(bundle: Bundle, device: str) -> ModelInfo:
@@ -218,7 +240,7 @@ def _info(bundle: Bundle, device: str) -> ModelInfo:
 
 
 def _decided(pins: dict[str, Pin]) -> dict[str, tuple[int, str]]:
-    return {name: pin.decided for name, pin in pins.items()}
+    return {name: (pin.version, pin.variant) for name, pin in pins.items()}
 
 
 class _Member:
