@@ -47,6 +47,7 @@ from service.bundle import MANIFEST, Manifest
 from service.errors import BrokenVersion, ConvoyError
 from service.metrics import Metrics
 from service.policy import FILE, Policy
+from service.settings import Settings
 
 _PRIVATE = ".store"
 # Who has made this in a version has its number: no other version that is published gets it. It stays,
@@ -188,7 +189,7 @@ class Store:
         self.url, self.folder = url, folder
         # Versions that are loaded: they stay while they are, whatever the store lists.
         self.in_use: Callable[[], Collection[Key]] = frozenset
-        self._metrics, self._watch_s, self._newest = metrics, watch_s, newest
+        self.metrics, self._watch_s, self._newest = metrics, watch_s, newest
         self._source = source or open_source(url)
         self._piece_bytes, self._clock = piece_bytes, clock
         self._incoming = folder / _PRIVATE / "incoming"
@@ -245,6 +246,19 @@ class Store:
         if not self._thread.is_alive():  # else a request holds it up, and the lock is still its own
             self._lock.close()
 
+    @classmethod
+    def of(cls, settings: Settings) -> "Store":
+        """That of `settings.models`, a URL. Raises ConvoyError."""
+        url = str(settings.models)
+        caches = settings.models_cache or Path("~/.cache/convoy/models")
+        return cls(
+            url,
+            cache_folder(url, caches.expanduser()),
+            Metrics(),
+            watch_s=settings.store_watch_s,
+            newest=settings.store_versions,
+        )
+
     def waiting(self) -> dict[Key, str]:
         """Versions that the store has, but not so that they could be served, and why."""
         tries = list(self._tries.items())
@@ -272,7 +286,7 @@ class Store:
                 failures += 1
                 unforeseen = None if isinstance(error, BaseError | ConvoyError | OSError) else error
                 delay_s = _jittered(self._watch_s, failures, _LONGEST_RETRY_S)
-                self._metrics.store_error("disk" if isinstance(error, OSError) else "store")
+                self.metrics.store_error(_kind(error, "store"))
                 self._failure = f"{self.url} can't be read: {_words(error)}"
                 log.warning(
                     "%s; going on with what is in %s, the next try is in %.1f s",
@@ -301,9 +315,9 @@ class Store:
             if isinstance(key, tuple) and key not in tried:
                 del self._tries[key]
             failed |= bool(each.failures)
-        self._metrics.store_waiting(len(self.waiting()))
+        self.metrics.store_waiting(len(self.waiting()))
         if not failed:
-            self._metrics.store_synced()
+            self.metrics.store_synced()
 
     def _hold(self) -> bool:
         """Whether this process is the one that keeps the folder up to date."""
@@ -373,14 +387,11 @@ class Store:
         return there
 
     def _failed(self, last: _Try, what: str, error: Exception) -> None:
-        kind = "disk" if isinstance(error, OSError) else "denied"
-        if isinstance(error, _Refused):
-            kind = error.kind
         last.failures += 1
         last.reason = _words(error)
         delay_s = _jittered(self._watch_s, last.failures, _LONGEST_VERSION_RETRY_S)
         last.at = self._clock() + delay_s
-        self._metrics.store_error(kind)
+        self.metrics.store_error(_kind(error, "denied"))
         log.error(
             "%s of %s is not taken: %s; the next try is in %.0f s",
             what, self.url, last.reason, delay_s,
@@ -479,7 +490,7 @@ class Store:
                 digest.update(piece)
                 file.write(piece)
                 done += len(piece)
-                self._metrics.store_fetched(len(piece))
+                self.metrics.store_fetched(len(piece))
                 now = self._clock()
                 if now - told > _TELL_S:
                     told = now
@@ -648,6 +659,15 @@ def _jittered(first_s: float, failures: int, longest_s: float) -> float:
     (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: "equal jitter").
     """
     return min(longest_s, first_s * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1)
+
+
+def _kind(error: BaseException, other: str) -> str:
+    """What is counted."""
+    if isinstance(error, _Refused):
+        return error.kind
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return "denied"
+    return "disk" if isinstance(error, OSError) else other
 
 
 def _words(error: BaseException) -> str:

@@ -10,9 +10,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import grpc
@@ -56,8 +56,11 @@ class Server:
         models: Path | None = None,
         cwd: Path | None = None,
         python: tuple[str, ...] = (),
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Later `arguments` win over the helper's own; `python` are options of the interpreter."""
+        """Later `arguments` win over the helper's own; `python` are options of the interpreter;
+        `variables` are added to the environment.
+        """
         command = [sys.executable, *python, "-m", "convoy", "serve"]
         command += [] if models is None else ["--models", str(models)]
         command += _defaults(
@@ -66,7 +69,7 @@ class Server:
         self._process = subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=cwd,
-            env=environment(),
+            env=environment(**variables),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -60,7 +60,7 @@ class ObjectStore:
 
     def trouble(self, kind: Literal["", "slow", "silent", "spoilt"]) -> None:
         """What happens to answers on their way, from now on: nothing, or they come at 100 kB/s, not at
-        all, or with some bytes changed.
+        all, or files with some bytes changed.
         """
         self._way.trouble = kind
 
@@ -129,24 +129,26 @@ class Way:
             contextlib.suppress(OSError),
             socket.create_connection(("127.0.0.1", self._to), TIMEOUT_S) as far,
         ):
+            lists = False
             while True:
                 for source in select.select([near, far], [], [])[0]:
                     data = source.recv(_PIECE)
                     if not data:
                         return
                     if source is near:
+                        lists = b"list-type=" in data.partition(b"\r\n")[0]
                         far.sendall(data)
                     else:
-                        near.sendall(self._changed(data))
+                        near.sendall(self._changed(data, lists))
 
-    def _changed(self, data: bytes) -> bytes:
+    def _changed(self, data: bytes, lists: bool) -> bytes:
         while self.trouble == "silent":
             time.sleep(0.05)
         if self.trouble == "slow":
             time.sleep(len(data) / 100_000)
-        # Shorter ones are headers.
-        if self.trouble == "spoilt" and len(data) == _PIECE:
-            place = self._random.randrange(_PIECE)
+        body = data.find(b"\r\n\r\n") + 4 if data.startswith(b"HTTP/") else 0
+        if self.trouble == "spoilt" and not lists and body < len(data):
+            place = self._random.randrange(body, len(data))
             data = data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
         return data
 
