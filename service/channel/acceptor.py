@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from service.batcher import LOWEST_LEVEL, Answer, Done, Outputs, Rows
@@ -22,11 +21,15 @@ from service.channel.protocol import (
     HELLO,
     LAST_STATUS,
     MAGIC,
+    MOST_MODELS,
+    NEWS,
     OK,
+    PAGE_BYTES,
     PROTOCOL,
     REPLY,
     REQUEST,
     SUBMIT,
+    TIMES_AT,
     WELCOME,
     Malformed,
     ModelInfo,
@@ -34,6 +37,7 @@ from service.channel.protocol import (
     bell,
     check_protocol,
     error_of,
+    read_offers,
     receive_memory,
     shared_memory,
 )
@@ -246,21 +250,31 @@ class _Link:
         self.wire = Wire(self.socket, poller, REPLY)
         self.heap = _Heap(memory_bytes)
         self.pieces: dict[int, _Piece] = {}  # that wait for a reply
-        self.routes: list[_Route] = []  # from the welcome to the end
+        self.routes: dict[int, _Route] = {}  # by the numbers that the engine gave the models
+        self.page: mmap.mmap | None = None  # from the welcome to the end
         self.dead = False
 
     def greet(self) -> None:
         """Takes the engine's welcome. Raises what `receive_memory` raises."""
         (magic, protocol, begin), page = receive_memory(self.socket, WELCOME, mmap.ACCESS_READ)
         check_protocol(magic, protocol)
-        try:
-            infos = msgspec.json.decode(page[:begin], type=list[ModelInfo])
-        except msgspec.DecodeError as error:
-            raise Malformed(f"its welcome can't be read: {error}") from error
-        times = memoryview(page)[begin:].cast("d")
-        self.routes = [
-            _Route(self, i, info, times[2 * i : 2 * i + 2]) for i, info in enumerate(infos)
-        ]
+        if len(page) != PAGE_BYTES or begin != TIMES_AT:
+            raise Malformed(f"its status page has {len(page)} bytes, times from {begin}")
+        self.page = page
+
+    def read_routes(self) -> bool:
+        """Whether the engine serves other models now than were known. Raises Malformed."""
+        assert self.page is not None
+        offers = read_offers(self.page)
+        if offers is None:
+            return False
+        known, self.routes = self.routes, {}
+        for index, place, info in ((each.index, each.place, each.info) for each in offers):
+            if not 0 <= place < MOST_MODELS:
+                raise Malformed(f"the times of {info.name} are at {place}")
+            times = memoryview(self.page)[TIMES_AT + 16 * place :][:16].cast("d")
+            self.routes[index] = known.get(index) or _Route(self, index, info, times)
+        return known.keys() != self.routes.keys()
 
 
 class Engines:
@@ -377,8 +391,9 @@ class Engines:
         try:
             if events & select.EPOLLOUT:
                 link.wire.go_on()
-            if not link.routes:
+            if link.page is None:
                 link.greet()
+                link.read_routes()
                 self._join(link)
             else:
                 self._settle(link, link.wire.receive())
@@ -391,13 +406,22 @@ class Engines:
             self._lose(link)
 
     def _join(self, link: _Link) -> None:
-        """The engine is ready."""
+        """The engine is ready, or serves other models than before."""
         with self.lock:
-            for route in link.routes:
+            self._forget(link)
+            for route in link.routes.values():
                 key = (route.info.name, route.info.version, route.info.sha256)
                 self._routes[key] = [*self._routes.get(key, ()), route]
         self._retries[link.path] = (math.inf, _RETRY_S)
-        self._on_change(link.path, tuple(route.info for route in link.routes))
+        self._on_change(link.path, tuple(route.info for route in link.routes.values()))
+
+    def _forget(self, link: _Link) -> None:
+        """No more goes to it. The lock is held."""
+        for key, routes in list(self._routes.items()):
+            if left := [route for route in routes if route.link is not link]:
+                self._routes[key] = left
+            else:
+                del self._routes[key]
 
     def _lose(self, link: _Link) -> None:
         """Fails all that waits for the engine, and looks out for the next one."""
@@ -406,8 +430,7 @@ class Engines:
         lost: list[Done] = []
         with self.lock:
             link.dead = True
-            for key, routes in list(self._routes.items()):
-                self._routes[key] = [route for route in routes if route.link is not link]
+            self._forget(link)
             for piece in link.pieces.values():
                 if not piece.request.ended:
                     piece.request.end()
@@ -416,7 +439,7 @@ class Engines:
         for done in lost:
             done(NotReady("the engine stopped before it answered: retry"))
         self.flush()  # cancels, to other engines that have pieces of these requests
-        if link.routes:
+        if link.page is not None:
             link.routes.clear()  # they know the link: its memory would wait for the collector
             self._retries[link.path] = (0.0, _RETRY_S)
             self._on_change(link.path, ())
@@ -432,9 +455,12 @@ class Engines:
         told: list[_Ended] = []
         again: list[_Piece] = []
         pieces = link.pieces
-        fault = ""
+        fault, news = "", False
         with self.lock:
             for number, run_s, retry_after_s, batch_size, failed_rows, status in replies:
+                if number == NEWS:
+                    news = True
+                    continue
                 piece = pieces.get(number)
                 if piece is None or status > LAST_STATUS:
                     fault = f"a reply with status {status} to request {number}"
@@ -468,6 +494,8 @@ class Engines:
             self.flush()
         if fault:
             raise Malformed(fault)
+        if news and link.read_routes():
+            self._join(link)
 
 
 class RemoteBatcher:

@@ -4,15 +4,17 @@ import logging
 import math
 import mmap
 import os
+import queue
 import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
 from service.batcher import Answer, Batcher, Outputs, Rows, Ticket
@@ -20,20 +22,26 @@ from service.channel.protocol import (
     CANCEL,
     HELLO,
     MAGIC,
+    MOST_MODELS,
+    NEWS,
     OK,
+    PAGE_BYTES,
     PROTOCOL,
     REPLY,
     REQUEST,
     SUBMIT,
+    TIMES_AT,
     WELCOME,
     Malformed,
     ModelInfo,
+    Offer,
     Wire,
     bell,
     check_protocol,
     receive_memory,
     shared_memory,
     status_of,
+    write_offers,
 )
 from service.errors import ConvoyError, NotReady, Overloaded
 
@@ -126,36 +134,104 @@ class EngineServer:
     no other.
     """
 
-    def __init__(self, listener: socket.socket, models: Sequence[Hosted]) -> None:
+    def __init__(self, listener: socket.socket, models: Sequence[Hosted] = ()) -> None:
         """`listener` is a listening Unix socket, which `serve` closes: see `listen`. The batchers
-        stay the caller's, who closes them when `serve` has returned.
+        stay the caller's, who closes them when `serve` has returned, or after `drop`.
         """
-        self._listener, self._models = listener, tuple(models)
-        self._row_bytes = [model.info.row_bytes for model in models]
+        self._listener = listener
+        # By their numbers; and the places of their times.
+        self._models: dict[int, Hosted] = {}
+        self._places: dict[int, int] = {}
+        self._given = 0  # numbers
+        self._inline: list[Batcher] = []
+        self._changes: deque[Callable[[], None]] = deque()
         self._acceptors: dict[int, _Acceptor] = {}  # by file descriptor
         self._poller = select.epoll()
         self._bell, self._rung = bell(self), False
-        self._closing = False
+        self._closing = self._ended = False
         self._thread = 0
-        infos = msgspec.json.encode([model.info for model in models])
-        infos += b" " * (-len(infos) % 8)
-        self._page_fd = shared_memory(len(infos) + 16 * len(models))
-        page = mmap.mmap(self._page_fd, 0)
-        page[: len(infos)] = infos
+        self._page_fd = shared_memory(PAGE_BYTES)
+        self._page = mmap.mmap(self._page_fd, 0)
         # Of each model: when those who wait will be done, and the seconds of each row more.
-        self._times = memoryview(page)[len(infos) :].cast("d")
-        self._welcome = WELCOME.pack(MAGIC, PROTOCOL, len(infos))
+        self._times = memoryview(self._page)[TIMES_AT:].cast("d")
+        self._welcome = WELCOME.pack(MAGIC, PROTOCOL, TIMES_AT)
+        for model in models:
+            self._add(model)
+        self._offer()
+
+    def host(self, model: Hosted) -> None:
+        """Serves one more model; returns when acceptors have been told. May be called on any thread
+        but `serve`'s, while that runs or is about to.
+
+        Raises ValueError where there is no room for more.
+        """
+        self._change(lambda: self._add(model))
+
+    def drop(self, batcher: Batcher) -> None:
+        """Takes no more requests for this one, of which those that it has still are to be finished:
+        `Batcher.close`. To be called as `host`.
+        """
+        self._change(lambda: self._remove(batcher))
+
+    def _change(self, change: Callable[[], None]) -> None:
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                change()
+                self._offer()
+            except ValueError as error:
+                done.put(error)
+            else:
+                done.put(None)
+
+        self._changes.append(run)
+        os.eventfd_write(self._bell, 1)
+        if self._ended:
+            self._make_changes()
+        if error := done.get():
+            raise error
+
+    def _make_changes(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._changes.popleft()()
+
+    def _add(self, model: Hosted) -> None:
+        if len(self._models) == MOST_MODELS:
+            raise ValueError(f"an engine serves {MOST_MODELS} versions at most")
+        index, self._given = self._given, self._given + 1
+        self._models[index] = model
+        self._places[index] = min(set(range(MOST_MODELS)) - set(self._places.values()))
+
+    def _remove(self, batcher: Batcher) -> None:
+        for index, model in list(self._models.items()):
+            if model.batcher is batcher:
+                del self._models[index], self._places[index]
+
+    def _offer(self) -> None:
+        """Says what is served now."""
+        self._inline = [model.batcher for model in self._models.values() if model.inline]
+        self._publish()
+        offers = [Offer(n, self._places[n], model.info) for n, model in self._models.items()]
+        write_offers(self._page, offers)
+        news = REPLY.pack(NEWS, 0.0, 0.0, 0, 0, OK)
+        for acceptor in self._acceptors.values():
+            if acceptor.memory is not None:
+                acceptor.wire.put(news)
 
     def serve(self) -> None:
         """Serves on the calling thread until `close` is called and all that waited is answered."""
         self._thread = threading.get_ident()
-        inline = [model.batcher for model in self._models if model.inline]
         self._listener.setblocking(False)
         listening = self._listener.fileno()
         self._poller.register(listening, select.EPOLLIN)
         self._poller.register(self._bell, select.EPOLLIN)
         try:
             while not self._finished():
+                if self._changes:
+                    self._make_changes()
+                inline = self._inline
                 busy = any(batcher.waiting for batcher in inline)
                 if not busy:
                     self._publish()
@@ -174,6 +250,8 @@ class EngineServer:
                 for fd in self._acceptors:
                     self._acceptors[fd].wire.flush()
         finally:
+            self._ended = True
+            self._make_changes()  # nobody may wait for them
             while self._acceptors:
                 self._drop(next(iter(self._acceptors.values())))
             self._listener.close()
@@ -200,11 +278,11 @@ class EngineServer:
 
     def _publish(self) -> None:
         now = time.monotonic()
-        for i, (info, batcher, _) in enumerate(self._models):
-            ahead_s, size = batcher.wait_s(0), info.max_batch_size
-            self._times[2 * i] = math.inf if self._closing else now + ahead_s
+        for index, (info, batcher, _) in self._models.items():
+            ahead_s, size, at = batcher.wait_s(0), info.max_batch_size, 2 * self._places[index]
+            self._times[at] = math.inf if self._closing else now + ahead_s
             # A batch that ends between the two makes this less.
-            self._times[2 * i + 1] = max(0.0, batcher.wait_s(size) - ahead_s) / size
+            self._times[at + 1] = max(0.0, batcher.wait_s(size) - ahead_s) / size
 
     def _accept(self) -> None:
         try:
@@ -263,11 +341,12 @@ class EngineServer:
             if (known := jobs.get(number)) and known.ticket:  # else it is answered meanwhile
                 known.ticket.cancel()
             return
+        model = self._models.get(index)
         if (
             kind != SUBMIT
-            or index >= len(self._models)
+            or index >= self._given
             or not rows
-            or offset + rows * self._row_bytes[index] > len(memory)
+            or (model and offset + rows * model.info.row_bytes > len(memory))
             or math.isnan(deadline)
             or number in jobs
         ):
@@ -275,7 +354,9 @@ class EngineServer:
                 f"request {number} of kind {kind}: {rows} rows at {offset} of {len(memory)} bytes, "
                 f"model {index}, deadline {deadline}"
             )
-        model = self._models[index]
+        if model is None:  # dropped, while the request was on its way
+            acceptor.wire.put(REPLY.pack(number, 0.0, 0.0, 0, 0, status_of(NotReady())))
+            return
         job = jobs[number] = _Job(self, acceptor, model, number, offset, rows)
         try:
             if self._closing:

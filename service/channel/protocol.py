@@ -9,6 +9,8 @@ import socket
 import struct
 import threading
 import weakref
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,14 +23,21 @@ from service.errors import (
     Overloaded,
 )
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAGIC = b"convoy"
 HELLO = struct.Struct("<6sH")
 WELCOME = struct.Struct("<6sHI")  # ..., where the times begin in the status page
-REQUEST = struct.Struct("<QdQqIHH")
+REQUEST = struct.Struct("<QdQqIIH")
 REPLY = struct.Struct("<QddIIH")
 SUBMIT, CANCEL = 0, 1
 OK = 0
+# The number of a reply that is none: what the status page says of the models has changed.
+NEWS = 2**64 - 1
+# The status page: the JSON's bytes and checksum, the JSON, and two times for each model that there
+# is room for. Only what is written takes memory.
+_HEAD = struct.Struct("<II")
+TIMES_AT, MOST_MODELS = 1 << 20, 1024
+PAGE_BYTES = TIMES_AT + 16 * MOST_MODELS
 # The status of a reply is the place in this list, from 1. The texts are those of the acceptor.
 _ENDINGS: tuple[tuple[type[ConvoyError], str], ...] = (
     (Overloaded, "more is waiting than can be done in time: back off, then retry"),
@@ -61,6 +70,37 @@ class ModelInfo(msgspec.Struct, frozen=True):
     def row_bytes(self) -> int:
         """Shared memory for a row: its pixels, and later in their place its answers."""
         return max(math.prod(self.row_shape), 4 * self.classes)
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """A model that an engine serves: the number by which it is asked for, and the place of its times."""
+
+    index: int
+    place: int
+    info: ModelInfo
+
+
+def write_offers(page: mmap.mmap, offers: Sequence[Offer]) -> None:
+    """Puts them on the status page. Raises ValueError where there is no room."""
+    text = msgspec.json.encode(offers)
+    if _HEAD.size + len(text) > TIMES_AT:
+        raise ValueError("there is no room for the names of so many models")
+    page[: _HEAD.size + len(text)] = _HEAD.pack(len(text), zlib.crc32(text)) + text
+
+
+def read_offers(page: mmap.mmap) -> list[Offer] | None:
+    """What the status page says; None while it is being written, after which there is news.
+
+    Raises Malformed.
+    """
+    length, checksum = _HEAD.unpack_from(page)
+    text = page[_HEAD.size : _HEAD.size + length]
+    if zlib.crc32(text) != checksum:
+        return None
+    try:
+        return msgspec.json.decode(text, type=list[Offer])
+    except msgspec.DecodeError as error:
+        raise Malformed(f"its models can't be read: {error}") from error
 
 
 def status_of(error: Exception) -> int:

@@ -25,7 +25,7 @@ from tests.numbered import INFO, POISON, model, numbers, outputs, rows
 # Only decides how long a test that hangs takes to fail.
 TIMEOUT_S = 30.0
 ROW = INFO.row_bytes
-HELLO = struct.pack("<6sH", b"convoy", 1)
+HELLO = struct.pack("<6sH", b"convoy", 2)
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -178,7 +178,7 @@ class Bare:
         kind: int = 0,
         deadline: float = float("inf"),
     ) -> None:
-        self.socket.sendall(struct.pack("<QdQqIHH", number, deadline, offset, 0, rows, model, kind))
+        self.socket.sendall(struct.pack("<QdQqIIH", number, deadline, offset, 0, rows, model, kind))
 
     def replies(self, count: int) -> list[tuple[int, int]]:
         reply = struct.Struct("<QddIIH")
