@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -32,10 +32,8 @@ from service.bundle import Probabilities
 from service.errors import ConvoyError
 from service.images import Pixels
 from service.metrics import Metrics
+from service.repository import Answered, Observer
 from service.settings import Settings
-
-if TYPE_CHECKING:
-    from service.repository import Answered, Observer
 
 log = logging.getLogger("convoy.feedback")
 
@@ -134,7 +132,7 @@ class Feedback:
         self._thread = threading.Thread(target=self._run, name="feedback", daemon=True)
         self._thread.start()
 
-    def observe(self, answered: "Answered") -> None:
+    def observe(self, answered: Answered) -> None:
         """Notes the rows that are to be kept, on the loop's thread; never waits."""
         flags = answered.unsure.tolist()
         whole = random.random() < self._share
@@ -150,16 +148,16 @@ class Feedback:
         for row, unsure in enumerate(flags):
             if not (whole or unsure):
                 continue
-            image, answer = answered.inputs[row], probabilities[row]
+            image = answered.inputs[row]
             size = row_bytes + (len(image) if isinstance(image, bytes) else image.nbytes)
             if size > self._file_bytes:
                 large += 1
             elif size > room:
                 left_out += 1
             else:
-                if partly:
-                    image = image if isinstance(image, bytes) else image.copy()
-                    answer = answer.copy()
+                if partly and not isinstance(image, bytes):
+                    image = image.copy()
+                answer = probabilities[row].copy()
                 self._queue.append(_Noted(now, name, version, labels, image, answer, unsure, size))
                 room -= size
                 self._noted_bytes += size
@@ -321,7 +319,7 @@ class Feedback:
 
 
 @contextlib.contextmanager
-def keeping(settings: Settings, observers: "list[Observer]", metrics: Metrics) -> Iterator[None]:
+def keeping(settings: Settings, observers: list[Observer], metrics: Metrics) -> Iterator[None]:
     """Has what `settings` ask for kept, while the body serves."""
     if settings.feedback is None:
         yield
