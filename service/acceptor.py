@@ -68,6 +68,8 @@ class Acceptor:
                 ("grpc.server.max_pending_requests_hard_limit", 200_000),
                 # A read hands on 32 calls, and leaves the rest of what it brought to another thread.
                 ("grpc.http2.max_requests_per_read", 100_000),
+                # Which gRPC varies by a tenth. Calls that last longer are not cut off.
+                *_connection_age(settings.max_connection_age_s),
             ],
             public=settings.front == "public",
         )
@@ -194,6 +196,11 @@ class Acceptor:
     def _end(self) -> None:
         self._front.close()
         self._loop.stop()
+
+
+def _connection_age(seconds: float) -> list[tuple[str, int]]:
+    age_ms = max(1, min(round(1000 * seconds), 2**31 - 1))
+    return [("grpc.max_connection_age_ms", age_ms)] if seconds else []
 
 
 def bracketed(host: str) -> str:

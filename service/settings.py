@@ -127,6 +127,11 @@ class Settings:
     """How long a request may be expected to wait for the device; longer, and it is refused with
     RESOURCE_EXHAUSTED. One with a deadline is refused as soon as that can't be kept."""
 
+    max_connection_age_s: Seconds = 0.0
+    """How long a connection is kept, give or take a tenth of it by chance, so that not all go at once:
+    what is under way on it is finished, and the client's next calls make a new one, which may be to a
+    server that has come since (docs/deploy.md). 0: for ever."""
+
     watch_s: Seconds = 1.0
     """How often the models folder is looked at for new versions and changed policies (versions.toml);
     0: only at the start, and for orders."""
