@@ -145,10 +145,17 @@ app.command(feedback_app)
 _Flat = Parameter(name="*", negative_iterable=())
 
 
+def _number_or_label(_: object, version: str) -> None:
+    if not re.fullmatch(r"\d{1,18}|[a-z_][\w-]*", version, re.ASCII | re.IGNORECASE):
+        raise ValueError(f"{version!r} is neither the number of a version nor a label")
+
+
 @app.command
 def serve(*, settings: Annotated[Settings, _Flat] = Settings()) -> int:
     """Serve every model of a folder over gRPC, in batches, with metrics over HTTP."""
     _require("onnxruntime", "cpu", "serving (or [gpu] for a machine with CUDA)")
+    if isinstance(settings.models, str):
+        _require("obstore", "object-store", f"--models {settings.models}")
     if settings.feedback:
         _require("pyarrow", "parquet", "--feedback")
     from service.server import serve as run
@@ -161,7 +168,7 @@ def classify(
     *paths: Path,
     server: str = DEFAULT_SERVER,
     model: str = "",
-    version: Version = 0,
+    version: Annotated[str, Parameter(validator=_number_or_label)] = "0",
     top_k: Labels = 1,
     timeout_s: Positive = 30.0,
     tls_ca: Path | None = None,
@@ -180,7 +187,7 @@ def classify(
     model
         Model to ask; may be left out where the server has one only.
     version
-        Version to ask; 0 means the one that serves.
+        Version to ask, by its number or a label such as `stable`; 0 means whichever the server chooses.
     top_k
         Labels to print for each image, the most probable first.
     timeout_s
@@ -195,7 +202,11 @@ def classify(
     files = list(_image_files(paths))
     failed = 0
     with Classifier(
-        server, model=model, version=version, timeout_s=timeout_s, credentials=_credentials(tls_ca)
+        server,
+        model=model,
+        version=int(version) if version.isdigit() else version,
+        timeout_s=timeout_s,
+        credentials=_credentials(tls_ca),
     ) as classifier:
         try:
             for file, prediction in zip(files, classifier.classify_many(files, top_k), strict=True):

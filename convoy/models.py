@@ -130,7 +130,7 @@ class Folder:
 
     def outcome(self, model: Model) -> str:
         """What an order has come to, for a person to read."""
-        return f"{model['file']} asks for: {_asked(model)}; a server of this folder follows"
+        return f"{model['file']} asks for: {model['policy']}; a server of this folder follows"
 
     def promote(self, name: str, version: int) -> None:
         from service import policy as policies
@@ -351,12 +351,6 @@ def _answering(model: Model) -> str:
     return told
 
 
-def _asked(model: Model) -> str:
-    """What versions.toml asks for."""
-    labels = [f"{label} = {version}" for label, version in model["version_labels"].items()]
-    return ", ".join([model["policy"], *labels])
-
-
 def _facts(model: Model) -> "Table":
     """What is known of a model as a whole."""
     from rich.table import Table
@@ -365,7 +359,7 @@ def _facts(model: Model) -> "Table":
     facts = {
         "model": model["model"],
         "answers": _answering(model) if "state" in model else "",
-        "asked for": _asked(model),
+        "asked for": model["policy"],
         "reason": model["reason"],
         "device": f"{model['device']}, {model['variant']}" if model.get("device") else "",
         "input": "x".join(map(str, model.get("input", ()))),

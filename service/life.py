@@ -10,7 +10,6 @@ may be routed to; what is no longer routed to is kept for a way back, then drain
 version that fails is passed over for the one before it until something in its folder changes.
 """
 
-import contextlib
 import logging
 import math
 import os
@@ -221,7 +220,7 @@ class Director:
                     f"{self.folder}`, or add one with `convoy models add NAME file.onnx --models "
                     f"{self.folder}`"
                 )
-            asked = [model for model in self._models.values() if model.policy != _NOTHING_ASKED]
+            asked = [m for m in self._models.values() if not (m.policy and m.policy.nothing)]
             if asked and not any(model.route.stable for model in asked):
                 reasons = "; ".join(_why_not(model) for model in asked)
                 raise BrokenVersion(f"no model in {self.folder} can be served: {reasons}")
@@ -363,6 +362,7 @@ class Director:
                 self._bring_up(model, number)
             log.info("%s is pinned to %s: by order", name, ", ".join(map(str, versions)) or "none")
             self._change(model, lambda policy: policies.pinned(policy, versions))
+            self._wait_for(lambda: self._closing or self._settled_for(model))
 
     def load(self, name: str) -> None:
         """Serves the model where it was unloaded, looks at its folder now, and tries once more what
@@ -657,7 +657,7 @@ class Director:
 
     def _stable(self, model: _Model, policy: Policy, base: list[int]) -> int:
         """The version that answers requests which name none; 0 for none."""
-        if policy == _NOTHING_ASKED:
+        if policy.nothing:
             return 0
         versions, now = model.versions, model.route.stable
         stays = (
@@ -846,9 +846,6 @@ class Director:
             self._crew.show(states)
 
 
-_NOTHING_ASKED = Policy(serve=[])
-
-
 def _shown(model: _Model) -> ModelState:
     versions = []
     for number in sorted(model.versions):
@@ -949,15 +946,20 @@ class Alone:
         variant: str = "",
     ) -> None:
         def work() -> None:
+            outcome: Loaded | Refused
             try:
-                done(
-                    self._repository.load(
-                        name, version, digest=digest, variant=variant, gently=gently
-                    )
+                outcome = self._repository.load(
+                    name, version, digest=digest, variant=variant, gently=gently
                 )
             except BrokenVersion as error:
-                done(Refused(str(error), isinstance(error.__cause__, (OSError, MemoryError))))
+                passing = isinstance(error.__cause__, (OSError, MemoryError))
+                outcome = Refused(str(error), passing)
+            done(outcome)
 
+        self.then(work)
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Does this when all that it was told before has been loaded."""
         if self._thread:
             self._work.put(work)
         else:
@@ -972,7 +974,8 @@ class Alone:
             done()
 
         # One that drains must not keep others waiting.
-        threading.Thread(target=work, name=f"unload {name}/{version}", daemon=True).start()
+        thread = threading.Thread(target=work, name=f"unload {name}/{version}", daemon=True)
+        self.then(thread.start)
 
     def show(self, states: Sequence[ModelState]) -> None:
         self._repository.show(states)
@@ -981,8 +984,11 @@ class Alone:
         while True:
             work = self._work.get()
             self._busy = True
-            with contextlib.suppress(Exception):
+            try:
                 work()
+            # The next version must not wait for ever.
+            except Exception:
+                log.exception("bug in the loader")
             self._busy = False
 
 

@@ -74,6 +74,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         return self.serve if isinstance(self.serve, list) else []
 
     @property
+    def nothing(self) -> bool:
+        """No version is to be served."""
+        return self.serve == [] and not self.labels
+
+    @property
     def stable(self) -> int:
         """The version that answers requests which name none; 0: the newest that is served."""
         return self.labels.get(STABLE, 0)

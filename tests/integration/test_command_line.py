@@ -170,7 +170,7 @@ def test_models_says_which_version_is_broken(tmp_path: Path) -> None:
     assert listed.returncode == 1
     newest, older = (json.loads(line) for line in listed.stdout.splitlines())
     assert (newest["version"], newest["state"]) == (2, "broken")
-    assert "sha256" in newest["error"]
+    assert "sha256" in newest["reason"]
     assert (older["version"], older["state"]) == (1, "whole")
     table = convoy("models", "--models", tmp_path)
     assert table.returncode == 1
