@@ -13,6 +13,7 @@ from service.batcher import Batcher
 from service.channel import RemoteBatcher
 from service.classifier_rpc import ClassifierRpc
 from service.errors import ConvoyError
+from service.feedback import keeping
 from service.front import Front
 from service.health import Health, add_reflection
 from service.inference_rpc import InferenceRpc
@@ -52,7 +53,7 @@ class Acceptor:
         if the settings allow that.
         """
         self._settings, self._repository, self._one_core = settings, repository, one_core
-        self._on_ready = on_ready
+        self._metrics, self._on_ready = metrics, on_ready
         max_bytes = int(settings.max_request_mb * 1e6)
         self._loop = transport.server(
             [
@@ -123,7 +124,8 @@ class Acceptor:
         # What is there now stays: the collector need not look through it again and again.
         gc.collect()
         gc.freeze()
-        self._loop.run()
+        with keeping(self._settings, self._repository.observers, self._metrics):
+            self._loop.run()
         log.info("stopped")
 
     def stop(self, delay_s: float) -> None:

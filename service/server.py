@@ -19,7 +19,6 @@ from service import metrics
 from service.acceptor import Acceptor, bracketed, no_port
 from service.cpu import split, usable_cores
 from service.errors import ConvoyError
-from service.feedback import keeping
 from service.life import Alone, Director, leave
 from service.metrics import Metrics, Snapshot, merge
 from service.repository import Repository, runs_here
@@ -137,8 +136,7 @@ class _Alone:
                 acceptor.stop(0.0)
             crew.start()
             director.start()
-            with keeping(settings, repository.observers, self._metrics):
-                acceptor.run()
+            acceptor.run()
         finally:
             director.close()
             repository.close()

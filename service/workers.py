@@ -27,7 +27,6 @@ from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatc
 from service.cpu import Budget, split, usable_cores
 from service.device import Device
 from service.errors import ConvoyError
-from service.feedback import keeping
 from service.life import Alone, Director
 from service.metrics import Metrics, Snapshot, merge
 from service.repository import Made, Make, Repository, Route, runs_here
@@ -198,8 +197,7 @@ class _Worker:
         )
         acceptor.bind(orders.port)
         self._stop = acceptor.stop
-        with keeping(orders.settings, repository.observers, self._metrics):
-            acceptor.run()
+        acceptor.run()
         repository.close()
         if engines:
             engines.close()
