@@ -8,7 +8,7 @@ from collections.abc import Callable
 import grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 
-from service import classifier_rpc, inference_rpc, transport
+from service import classifier_rpc, drift, inference_rpc, transport
 from service.batcher import Batcher
 from service.channel import RemoteBatcher
 from service.classifier_rpc import ClassifierRpc
@@ -93,6 +93,8 @@ class Acceptor:
         add_reflection(front, services)
         self._runs_here: tuple[Batcher | RemoteBatcher, ...] = ()
         repository.attach(self._start, self._stop, self.changed)
+        if settings.drift_images_per_s:
+            repository.observers.append(drift.Observer(metrics, settings.drift_images_per_s))
 
     @property
     def ready(self) -> bool:

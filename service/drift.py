@@ -199,9 +199,12 @@ class Watch:
     def shown(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot and what it says about drift; may be called from any thread."""
         seen = dict(snapshot["drift_seen"])
+        served = {labels[:2] for labels, _ in snapshot["model_info"]}
         versions: dict[tuple[str, ...], dict[str, tuple[list[int], list[int]]]] = {}
         for labels, reference in snapshot["drift_reference"]:
             assert isinstance(reference, tuple)
+            if labels[:2] not in served:
+                continue
             counts = seen.get(labels)
             there = counts[0] if isinstance(counts, tuple) else [0] * len(reference[0])
             versions.setdefault(labels[:3], {})[labels[3]] = reference[0], there

@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from service import metrics
 from service.acceptor import Acceptor, bracketed, no_port
 from service.cpu import split, usable_cores
+from service.drift import Watch
 from service.errors import ConvoyError
 from service.life import Alone, Director, leave
 from service.metrics import Metrics, Snapshot, merge
@@ -58,8 +59,10 @@ def _serve(settings: Settings, store: "Store | None" = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.on_signal)
 
+    watch = Watch(settings.drift_window, settings.drift_psi)
+
     def snapshot() -> Snapshot:
-        return merge([server.snapshot(), *([store.metrics.snapshot()] if store else [])])
+        return watch.shown(merge([server.snapshot(), *([store.metrics.snapshot()] if store else [])]))
 
     registry = metrics.registry(snapshot)
     http = _serve_http(settings.host, settings.metrics_port, registry, server.ready)
@@ -182,6 +185,10 @@ class _Several:
             _tell_ready(self._settings, models, port, http_port)
 
         return self._supervisor.run(on_ready)
+
+    def in_use(self) -> set[tuple[str, int]]:
+        """See `life.Director`."""
+        return self._supervisor.in_use()
 
     def stopping(self) -> bool:
         return bool(self._signals)

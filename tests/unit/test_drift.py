@@ -96,6 +96,7 @@ class Service:
             probabilities=given,
             unsure=flags,
         )
+        self.metrics.serving(version.name, version.version, "", "cpu", "fp32")
         self._observe(answered)
 
     def answer_each(
@@ -485,6 +486,16 @@ def test_versions_have_windows_of_their_own_and_are_forgotten(digits: Digits) ->
     service.answer_each(Version(digits.manifest, 1), pixels, given, unsure)
     assert alarms(watch, service, "1") == set()
     del new
+
+
+def test_a_version_that_is_unloaded_is_shown_no_more(digits: Digits) -> None:
+    service, watch = Service(), Watch(400, ALARM)
+    pixels = digits.held_out // 2
+    given = digits.run(pixels)
+    service.answer_each(Version(digits.manifest), pixels, given, digits.unsure(given))
+    assert alarms(watch, service)
+    service.metrics.not_serving("digits", 1, "", "cpu", "fp32")
+    assert not any(figures_of(watch, service).values())
 
 
 def test_counts_that_fall_begin_a_window_anew(digits: Digits) -> None:
