@@ -80,8 +80,8 @@ class Crew(Protocol):
     ) -> None:
         """Has the version loaded everywhere, or nowhere. `gently`: others are served meanwhile."""
 
-    def route(self, name: str, route: Route) -> None:
-        """From now on requests for the model go there."""
+    def route(self, name: str, route: Route, done: Callable[[], None]) -> None:
+        """Has requests for the model go there, those that come after `done` for certain."""
 
     def unload(self, name: str, version: int, done: Callable[[], None]) -> None:
         """Has the version drained and freed everywhere."""
@@ -130,6 +130,7 @@ class _Model:
     policy_stamp: _Stamp = ()
     reason: str = ""  # what is wrong with its policy
     route: Route = Route()  # noqa: RUF009 (it never changes)
+    routing: int = 0  # how often the crew was told and has not yet said that it is done
     # The stable version before this one, if any.
     previous: int = 0
     # Wanted by an order, whatever the policy says.
@@ -453,6 +454,7 @@ class Director:
             model.policy_stamp = _stamp_of_policy(folder)
         model.reason = ""
         self._decide()
+        self._wait_for(lambda: self._closing or not model.routing)
 
     def _wait_for(self, true: Callable[[], bool]) -> None:
         """Waits; what the crew says meanwhile is heard. The lock is held, but not while it waits."""
@@ -699,19 +701,26 @@ class Director:
         before, model.route = model.route, route
         if route == before:
             return
-        if before.stable != stable:
-            log.info("%s: version %d answers, before it %d", model.name, stable, before.stable)
-            if before.stable:
-                model.previous = before.stable
-                self._metrics.switched(model.name)
+        if before.stable and before.stable != stable:
+            model.previous = before.stable
+            self._metrics.switched(model.name)
         if before.candidate != candidate and candidate:
             log.info(
                 "%s/%d is a candidate: %s of the requests%s",
                 model.name, candidate, f"{route.share:.3g}", ", as copies" if route.shadow else "",
             )  # fmt: skip
-        self._crew.route(model.name, route)
+        model.routing += 1
+        routed = partial(self._routed, model, before, route)
+        self._crew.route(model.name, route, lambda: self._hear(routed))
         if candidate and policies.CANARY not in policy.labels:
             self._remember(model, stable, candidate)
+
+    def _routed(self, model: _Model, before: Route, route: Route) -> None:
+        model.routing -= 1
+        if route.stable != before.stable:
+            log.info(
+                "%s: version %d answers, before it %d", model.name, route.stable, before.stable
+            )
 
     def _remember(self, model: _Model, stable: int, candidate: int) -> None:
         """Writes down who is on trial: after a restart it would else be the newest, and so stable."""
@@ -818,6 +827,7 @@ class Director:
             self._look_at > -math.inf
             and self._loading is None
             and not self._heard
+            and not any(model.routing for model in self._models.values())
             and not any(
                 self._loadable(model.versions[number], now)
                 for model in self._models.values()
@@ -965,8 +975,9 @@ class Alone:
         else:
             work()
 
-    def route(self, name: str, route: Route) -> None:
+    def route(self, name: str, route: Route, done: Callable[[], None]) -> None:
         self._repository.route(name, route)
+        done()
 
     def unload(self, name: str, version: int, done: Callable[[], None]) -> None:
         def work() -> None:

@@ -555,7 +555,11 @@ class Repository:
         lean = bundles.without_graphs(bundle)
         served = Served(lean, made, self._decoders, self._metrics, self._settings, self.observers)
         with self._changing:
-            self._start(served)
+            try:
+                self._start(served)
+            except ValueError as error:
+                served.close()
+                raise BrokenVersion(str(error)) from error
             model = self._models.get(name, _NOTHING)
             self._models = {
                 **self._models,

@@ -1,11 +1,18 @@
 """Several processes behind one port: acceptors, engines, and the supervisor that minds them.
 
-Each worker has a pipe to the supervisor. Down it come its orders (what to be, to stop, to tell its
-metrics), up it go its answers; its end is the end of the other side. Pixels never travel there.
+Each worker has a pipe to the supervisor. Down it come its orders (what to be; versions to load, to
+route to and to unload; to tell its metrics; to stop), up it go its answers; its end is the end of the
+other side. Pixels never travel there.
+
+What is loaded is decided by the supervisor's `life.Director`. A version is loaded when every engine
+has it, and then every acceptor; it goes the other way round. A worker that takes the place of a dead
+one is born with what is decided by then.
 """
 
+import itertools
 import logging
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -13,8 +20,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +37,18 @@ from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatc
 from service.cpu import Budget, split, usable_cores
 from service.device import Device
 from service.errors import ConvoyError
-from service.life import Alone, Director
+from service.life import Alone, Director, Refused, leave
 from service.metrics import Metrics, Snapshot, merge
-from service.repository import Made, Make, Repository, Route, runs_here
+from service.repository import (
+    Loaded,
+    Made,
+    Make,
+    ModelState,
+    Repository,
+    Route,
+    Served,
+    runs_here,
+)
 from service.settings import Settings, default_models
 
 log = logging.getLogger("convoy.workers")
@@ -44,6 +63,9 @@ _ASK_S = 1.0
 # would fill its pipe, and then who asks would wait for it.
 _ANSWER_S, _OPEN_QUESTIONS = 0.5, 10
 
+# How long an acceptor may take to hear from engines what the supervisor has heard already.
+_NEWS_S = 5.0
+
 # After the time for draining, how long a worker may take to end.
 _END_S = 5.0
 
@@ -56,22 +78,34 @@ def log_to_stderr(settings: Settings, process: str = "") -> None:
     )
 
 
-class Pin(NamedTuple):
-    """The version of a model that serves, on which device, in which variant."""
+class Load(NamedTuple):
+    """A version to load. By others that have it already: `digest` (these contents), `variant` (which
+    graph), and the `device` that engines have it on.
+    """
 
+    name: str
     version: int
-    device: str
-    variant: str
+    gently: bool = False
+    digest: str = ""
+    variant: str = ""
+    device: str = ""
 
 
-def serving(pins: "dict[str, Pin]") -> str:
-    return ", ".join(f"{name}/{pin.version} on {pin.device}" for name, pin in pins.items())
+class Present(NamedTuple):
+    """What is decided: which versions every worker has, which of them answers whom, and what callers
+    are told of all of them.
+    """
+
+    loads: tuple[Load, ...] = ()
+    routes: tuple[tuple[str, Route], ...] = ()
+    states: tuple[ModelState, ...] = ()
 
 
 @dataclass(frozen=True)
 class Orders:
     """What a worker is to be. With `engines` (paths) it hands its rows to these; with a `listener`
-    (file descriptor) it is an engine; with neither it does everything.
+    (file descriptor) it is an engine; with neither it does everything. `present`: what it has before
+    it is ready; it takes calls then, if `open`, else when it is told.
     """
 
     name: str
@@ -80,7 +114,8 @@ class Orders:
     port: int = 0
     listener: int = -1
     engines: tuple[str, ...] = ()
-    pins: dict[str, Pin] | None = None
+    present: Present = Present()  # noqa: RUF009 (it never changes)
+    open: bool = False
 
 
 # Not `-m`: what is pickled would then be of two modules. Workers import what this process does, also
@@ -122,105 +157,174 @@ class _Worker:
         self._sending = threading.Lock()
         self.bug: BaseException | None = None
         self._stop: Callable[[float], None] = lambda delay_s: os._exit(0)
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._open = threading.Event()
+        # Those that run the batches, if others do; and on which devices, by model and version.
+        self._engines: Engines | None = None
+        self._devices: dict[tuple[str, int], str] = {}
+        # Orders of callers, on their way to the supervisor.
+        self._asked: dict[int, queue.SimpleQueue[ConvoyError | None]] = {}
+        self._numbers = itertools.count()
 
-    def _listen(self) -> None:
+    def _begin(self, make: Make) -> tuple[Repository, Alone]:
+        """Begins to load what is decided already, and to listen to the supervisor."""
+        orders = self._orders
+        folder = Path(orders.settings.models or default_models())
+        repository = Repository(folder, orders.settings, orders.budget, self._metrics, make)
+        return repository, Alone(repository)
+
+    def _join(self, crew: Alone) -> None:
+        """Takes part: loads what is decided already, then what the supervisor says."""
+        crew.start()
+        present = self._orders.present
+        for load in present.loads:
+            self._load(crew, load, partial(self._born_with, load))
+        for name, route in present.routes:
+            crew.route(name, route, lambda: None)
+        crew.show(present.states)
+        if self._orders.open:
+            # After all that is loaded by then.
+            crew.then(self._open.set)
+        threading.Thread(target=self._listen, args=(crew,), daemon=True).start()
+
+    def _load(self, crew: Alone, load: Load, done: Callable[[Loaded | Refused], None]) -> None:
+        self._devices[load.name, load.version] = load.device
+        crew.load(
+            load.name, load.version, load.gently, done, digest=load.digest, variant=load.variant
+        )
+
+    def _loaded(self, number: int, load: Load, outcome: Loaded | Refused) -> None:
+        """The engines have it, too, but this process hears of that on another thread."""
+        if self._engines and isinstance(outcome, Loaded):
+            self._engines.wait_for(load.name, load.version, _NEWS_S)
+        self._tell("loaded", (number, outcome))
+
+    def _born_with(self, load: Load, outcome: Loaded | Refused) -> None:
+        if isinstance(outcome, Refused):
+            self._tell("lost", (load.name, load.version, outcome.reason))
+
+    def _listen(self, crew: Alone) -> None:
         try:
             while True:
                 kind, value = self._pipe.recv()
-                if kind == "stop":
-                    self._stop(value)
-                else:
-                    self._tell("snapshot", (value, self._metrics.snapshot()))
+                self._obey(crew, kind, value)
         # Nobody is left who would start another worker, or ask this one for its metrics.
         except (EOFError, OSError):
             os._exit(1)
 
+    def _obey(self, crew: Alone, kind: str, value: Any) -> None:
+        if kind == "stop":
+            self._stop(value)
+        elif kind == "snapshot":
+            self._tell("snapshot", (value, self._metrics.snapshot()))
+        elif kind == "load":
+            number, load = value
+            self._load(crew, load, partial(self._loaded, number, load))
+        elif kind == "unload":
+            number, name, version = value
+            crew.unload(name, version, lambda: self._tell("unloaded", number))
+        elif kind == "route":
+            number, name, route = value
+            crew.route(name, route, lambda: self._tell("routed", number))
+        elif kind == "show":
+            crew.show(value)
+        elif kind == "open":
+            self._open.set()
+        elif kind == "ordered":
+            number, error = value
+            self._asked.pop(number).put(error)
+
     def _tell(self, kind: str, value: Any) -> None:
-        with self._sending:
+        # Where nobody hears it, the end of the pipe is for `_listen` to see.
+        with self._sending, suppress(OSError):
             self._pipe.send((kind, value))
+
+    def _order(self, verb: str, name: str, versions: Sequence[int]) -> None:
+        """Has the supervisor's Director carry out what an operator says: see `orders.Order`."""
+        number = next(self._numbers)
+        answer = self._asked[number] = queue.SimpleQueue()
+        self._tell("order", (number, verb, name, tuple(versions)))
+        if error := answer.get():
+            raise error
 
     def _on_bug(self, bug: BaseException) -> None:
         self.bug = bug
         self._stop(0.0)
-
-    def _repository(self, make: Make) -> Repository:
-        orders = self._orders
-        folder = Path(orders.settings.models or default_models())
-        repository = Repository(folder, orders.settings, orders.budget, self._metrics, make)
-        if orders.pins is None:
-            Director(folder, Alone(repository), self._metrics).settle()
-        else:
-            for name, pin in orders.pins.items():
-                repository.load(name, pin.version, variant=pin.variant)
-                repository.route(name, Route(pin.version))
-        return repository
 
     def _runs_here(self) -> Make:
         orders = self._orders
         return runs_here(orders.settings, orders.budget, self._metrics, self._on_bug)
 
     def engine(self) -> None:
-        repository = self._repository(self._runs_here())
-        hosted = []
-        for entry in repository.entries():
-            if (served := entry.served) and isinstance(served.batcher, Batcher):
-                inline = is_short(served)
-                hosted.append(Hosted(_info(served.bundle, served.device), served.batcher, inline))
-                if not inline:
-                    served.batcher.start()
-        server = EngineServer(socket.socket(fileno=self._orders.listener), hosted)
+        repository, crew = self._begin(self._runs_here())
+        server = EngineServer(socket.socket(fileno=self._orders.listener))
+
+        def start(served: Served) -> None:
+            assert isinstance(served.batcher, Batcher)
+            inline = is_short(served)
+            if not inline:
+                served.batcher.start()
+            server.host(Hosted(_info(served.bundle, served.device), served.batcher, inline))
+
+        def stop(served: Served) -> None:
+            assert isinstance(served.batcher, Batcher)
+            server.drop(served.batcher)
+
+        repository.attach(start, stop, lambda: None)
         self._stop = lambda delay_s: server.close()
-        self._tell("ready", _pins(repository))
+        self._join(crew)
+        threading.Thread(target=self._say_when_open, daemon=True).start()
         server.serve()
         repository.close()
+        leave(1 if self.bug else 0, crew.busy)
+
+    def _say_when_open(self) -> None:
+        self._open.wait()
+        self._tell("ready", True)
 
     def acceptor(self) -> None:
         orders, acceptor = self._orders, None
-        engines = None
         make = self._runs_here()
         if orders.engines:
-            engines = Engines(
+            self._engines = Engines(
                 orders.engines,
                 on_change=lambda path, models: acceptor.changed() if acceptor else None,
                 on_bug=self._on_bug,
             )
-            make = self._runs_there(engines)
-        repository = self._repository(make)
+            make = self._runs_there(self._engines)
+        repository, crew = self._begin(make)
         acceptor = Acceptor(
             orders.settings,
             repository,
             self._metrics,
             one_core=orders.budget.cores < 2 * orders.budget.acceptors,
             shared_port=True,
-            on_ready=lambda ready: self._tell("ready", _pins(repository) if ready else None),
+            on_ready=lambda ready: self._tell("ready", ready),
+            order=self._order,
         )
+        self._join(crew)
+        self._open.wait()
         acceptor.bind(orders.port)
         self._stop = acceptor.stop
         acceptor.run()
         repository.close()
-        if engines:
-            engines.close()
+        if self._engines:
+            self._engines.close()
+        leave(1 if self.bug else 0, crew.busy)
 
     def _runs_there(self, engines: Engines) -> Make:
         """What makes a batcher whose batches run in the engines."""
-        settings, pins = self._orders.settings, self._orders.pins or {}
+        max_wait_s = self._orders.settings.max_wait_s
 
-        def make(bundle: Bundle, variant: str = "", gently: bool = False) -> Made:
-            pin = pins[bundle.name]
-            info = _info(bundle, pin.device)
-            batcher = RemoteBatcher(engines, info, max_wait_s=settings.max_wait_s)
-            return Made(pin.device, pin.variant, batcher)
+        def make(
+            bundle: Bundle,
+            variant: str = "",
+            gently: bool = False,  # noqa: ARG001
+        ) -> Made:
+            device = self._devices[bundle.name, bundle.version]
+            batcher = RemoteBatcher(engines, _info(bundle, device), max_wait_s=max_wait_s)
+            return Made(device, variant, batcher)
 
         return make
-
-
-def _pins(repository: Repository) -> dict[str, Pin]:
-    return {
-        entry.name: Pin(entry.served.version, entry.served.device, entry.served.variant)
-        for entry in repository.entries()
-        if entry.served
-    }
 
 
 def _info(bundle: Bundle, device: str) -> ModelInfo:
@@ -239,8 +343,34 @@ def _info(bundle: Bundle, device: str) -> ModelInfo:
 # The supervisor's side.
 
 
-def _decided(pins: dict[str, Pin]) -> dict[str, tuple[int, str]]:
-    return {name: (pin.version, pin.variant) for name, pin in pins.items()}
+class _Loading:
+    """A version on its way into the workers: first the engines, if there are any, then the acceptors."""
+
+    def __init__(self, load: Load, done: Callable[[Loaded | Refused], None], engines: bool) -> None:
+        self.load, self.done = load, done
+        self.engines = engines  # it is their turn
+        # By the places in the crew.
+        self.waiting: set[_Member] = set()
+        self.outcomes: dict[_Member, Loaded | Refused] = {}
+        self.first: Loaded | None = None
+
+
+class _Routing:
+    """A route on its way to the acceptors."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self.done = done
+        self.waiting: set[_Member] = set()
+
+
+class _Unloading:
+    """A version on its way out: first of the acceptors, then of the engines."""
+
+    def __init__(self, name: str, version: int, done: Callable[[], None]) -> None:
+        self.name, self.version, self.done = name, version, done
+        self.engines = False
+        self.asked: set[_Member] = set()
+        self.waiting: set[_Member] = set()
 
 
 class _Member:
@@ -274,7 +404,9 @@ def on_card(settings: Settings, n: int, cards: Callable[[], int] = gpu.count) ->
 
 
 class Supervisor:
-    """Starts the workers, replaces those that die, adds their metrics up, and stops them in order."""
+    """Starts the workers, replaces those that die, adds their metrics up, and stops them in order. It is
+    the crew of the `Director` that it holds: see `life.Crew`.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -288,6 +420,24 @@ class Supervisor:
         self._delay_s: float | None = None
         self._failed = self._was_ready = False
         self._killed = False
+        # What other threads want done on this one.
+        self._posted: deque[Callable[[], object]] = deque()
+        # What is decided.
+        self._loads: dict[tuple[str, int], Load] = {}
+        self._routes: dict[str, Route] = {}
+        self._states: tuple[ModelState, ...] = ()
+        self._open = False  # all that was there at the beginning has been judged
+        self._numbers = itertools.count(1)
+        self._loading: dict[int, _Loading] = {}
+        self._routing: dict[int, _Routing] = {}
+        self._unloading: dict[int, _Unloading] = {}
+        self._director = Director(
+            Path(settings.models or default_models()),
+            self,
+            self._metrics,
+            watch_s=settings.watch_s,
+            rollback_window_s=settings.rollback_window_s,
+        )
 
     def run(self, on_ready: Callable[[str, int], None]) -> int:
         """Until `stop`, and all have ended; the exit status. `on_ready` hears what serves, and the
@@ -312,15 +462,38 @@ class Supervisor:
                 self._members.append(
                     _Member(Orders(f"acceptor-{n}", here, budget, self._port, engines=paths))
                 )
+            direct = threading.Thread(target=self._direct, name="director", daemon=True)
+            direct.start()
             try:
                 while not self._ended():
                     self._mind(on_ready)
             finally:
+                self._director.close()
                 self.kill()
                 for listener in listeners:
                     listener.close()
         log.info("stopped")
         return 1 if self._failed else 0
+
+    def _direct(self) -> None:
+        """The Director's first turns, on a thread; it goes on on one of its own."""
+        try:
+            self._director.settle(lambda: self._delay_s is not None)
+        except ConvoyError as error:
+            log.error("%s", error)
+            self._failed = True
+            self.stop(0.0)
+        except Exception:
+            log.exception("bug in the life of versions")
+            self._failed = True
+            self.stop(0.0)
+        else:
+            self._post(self._open_all)
+            self._director.start()
+
+    def in_use(self) -> set[tuple[str, int]]:
+        """See `life.Director`."""
+        return self._director.in_use()
 
     def stop(self, delay_s: float) -> None:
         """From a signal handler: acceptors drain after `delay_s`, then engines end."""
@@ -382,11 +555,13 @@ class Supervisor:
         for source in wait([*pipes, self._bell], self._nap(now)):
             if source == self._bell:
                 os.eventfd_read(self._bell)
+                while self._posted:
+                    self._posted.popleft()()
             else:
                 self._hear(pipes[source])  # type: ignore[index]
         if self._delay_s is None and not self._was_ready and all(m.ready for m in self._members):
             self._was_ready = True
-            on_ready(serving(self._pins() or {}), self._port)
+            on_ready(self._director.serving(), self._port)
 
     def _nap(self, now: float) -> float:
         due = [self._ask_at, *(member.start_at for member in self._missing())]
@@ -400,23 +575,20 @@ class Supervisor:
         return [
             member
             for member in self._members
-            if not member.process and (not member.orders.engines or self._pins() is not None)
+            if not member.process and (not member.orders.engines or self._open)
         ]
 
     def _start_due(self, now: float) -> None:
         for member in self._missing():
             if member.start_at <= now:
-                member.orders = replace(member.orders, pins=self._pins())
                 self._start(member, now)
 
-    def _pins(self) -> dict[str, Pin] | None:
-        for member in self._members:
-            if member.orders.pins is not None:
-                return member.orders.pins
-        return None
+    def _present(self) -> Present:
+        return Present(tuple(self._loads.values()), tuple(self._routes.items()), self._states)
 
     def _start(self, member: _Member, now: float) -> None:
         member.started = now
+        member.orders = replace(member.orders, present=self._present(), open=self._open)
         try:
             process, pipe = _spawn(member.orders)
         except OSError as error:
@@ -430,6 +602,9 @@ class Supervisor:
             member.answered, member.open = self._questions, 0
             _send(member.pipe, "orders", member.orders)  # where it has died, its pipe says so
         self._metrics.process_started(member.orders.name)
+        # What is on its way by now.
+        for number in list(self._loading):
+            self._go_on_loading(number)
 
     def _hear(self, member: _Member) -> None:
         assert member.pipe
@@ -444,20 +619,209 @@ class Supervisor:
                 member.open -= 1
                 self._changed.notify_all()
                 return
-            member.ready = value is not None
-        if value is None:
-            if self._stopping is None:
-                log.warning("%s is not ready", member.orders.name)
+            if kind == "ready":
+                member.ready = value
+        if kind == "ready":
+            self._tell_ready(member)
+        elif kind == "loaded":
+            self._was_loaded(member, *value)
+        elif kind == "unloaded":
+            self._was_unloaded(member, value)
+        elif kind == "routed":
+            self._was_routed(member, value)
+        elif kind == "lost":
+            name, version, reason = value
+            self._director.lost(name, version, f"{member.orders.name}: {reason}")
+        elif kind == "order":
+            order = threading.Thread(target=self._order, args=(member, *value), daemon=True)
+            order.start()
+
+    def _tell_ready(self, member: _Member) -> None:
+        name = member.orders.name
+        if member.ready:
+            log.info("%s is ready (pid %d)", name, member.process and member.process.pid)
+        elif self._stopping is None:
+            log.warning("%s is not ready", name)
+
+    def _order(
+        self, member: _Member, number: int, verb: str, name: str, versions: Sequence[int]
+    ) -> None:
+        """A caller's, from an acceptor. On a thread of its own."""
+        answer: ConvoyError | None = None
+        try:
+            self._director.order(verb, name, versions)
+        except ConvoyError as error:
+            answer = error.with_traceback(None)
+        except Exception:
+            log.exception("an order failed")
+            answer = ConvoyError("internal error: please report it; the server's log says more")
+        pipe = member.pipe
+        if pipe:  # else nobody is left to hear it
+            self._post(partial(self._say, member, "ordered", (number, answer)))
+
+    # The Director's verbs, from its threads: they are done on the supervisor's.
+
+    def load(
+        self, name: str, version: int, gently: bool, done: Callable[[Loaded | Refused], None]
+    ) -> None:
+        def begin() -> None:
+            engines = any(member.engine for member in self._members)
+            number = next(self._numbers)
+            self._loading[number] = _Loading(Load(name, version, gently), done, engines)
+            self._go_on_loading(number)
+
+        self._post(begin)
+
+    def route(self, name: str, route: Route, done: Callable[[], None]) -> None:
+        def begin() -> None:
+            self._routes[name] = route
+            number = next(self._numbers)
+            self._routing[number] = _Routing(done)
+            for member in self._members:
+                if not member.engine and self._say(member, "route", (number, name, route)):
+                    self._routing[number].waiting.add(member)
+            self._was_routed(None, number)
+
+        self._post(begin)
+
+    def unload(self, name: str, version: int, done: Callable[[], None]) -> None:
+        def begin() -> None:
+            self._loads.pop((name, version), None)
+            number = next(self._numbers)
+            self._unloading[number] = _Unloading(name, version, done)
+            self._go_on_unloading(number)
+
+        self._post(begin)
+
+    def show(self, states: Sequence[ModelState]) -> None:
+        def do() -> None:
+            self._states = tuple(states)
+            self._say_to_all("show", self._states)
+
+        self._post(do)
+
+    def _post(self, callback: Callable[[], object]) -> None:
+        self._posted.append(callback)
+        os.eventfd_write(self._bell, 1)
+
+    def _say(self, member: _Member, kind: str, value: Any) -> bool:
+        # /metrics asks on threads of its own.
+        with self._changed:
+            return bool(member.pipe and _send(member.pipe, kind, value))
+
+    def _say_to_all(self, kind: str, value: Any) -> None:
+        for member in self._members:
+            self._say(member, kind, value)
+
+    def _open_all(self) -> None:
+        self._open = True
+        self._say_to_all("open", None)
+
+    def _go_on_loading(self, number: int) -> None:
+        """Asks those whose turn it is and who have not been asked; goes on where all have answered."""
+        loading = self._loading[number]
+        turn = [member for member in self._members if member.engine == loading.engines]
+        runs_batches = not turn[0].orders.engines
+        for member in turn:
+            if member.pipe and member not in loading.waiting | loading.outcomes.keys():
+                self._say(member, "load", (number, loading.load))
+                loading.waiting.add(member)
+        # While all who run batches are dead, it waits for the next ones.
+        if loading.waiting or (runs_batches and not loading.outcomes):
             return
-        log.info("%s is ready (pid %d)", member.orders.name, member.process and member.process.pid)
-        decided = self._pins()
-        if decided is None:
-            member.orders = replace(member.orders, pins=value)
-        elif _decided(value) != _decided(decided):
-            # A version was published while engines started. The next one takes what is decided.
-            log.warning("%s has other versions than the others: it is replaced", member.orders.name)
-            if member.process:
-                member.process.kill()
+        refused = [each for each in loading.outcomes.values() if isinstance(each, Refused)]
+        loaded = [each for each in loading.outcomes.values() if isinstance(each, Loaded)]
+        load = loading.load
+        if not refused and len({each.digest for each in loaded}) > 1:
+            refused = [Refused("its folder was changed while it was loaded", passing=True)]
+        if refused:
+            self._give_up_loading(number, refused[0])
+            return
+        variants = {each.variant for each in loaded}
+        if len(variants) > 1:
+            # Some fell back to what all can have.
+            loading.load = load._replace(variant="fp32")
+            for member, outcome in list(loading.outcomes.items()):
+                if isinstance(outcome, Loaded) and outcome.variant != "fp32":
+                    del loading.outcomes[member]
+            self._go_on_loading(number)
+            return
+        if loaded:
+            first = loaded[0]
+            loading.load = load._replace(
+                digest=first.digest, variant=first.variant, device=load.device or first.device
+            )
+            loading.first = loading.first or first
+        if loading.engines:
+            loading.engines, loading.outcomes = False, {}
+            self._go_on_loading(number)
+            return
+        del self._loading[number]
+        self._loads[load.name, load.version] = loading.load._replace(gently=False)
+        assert loading.first
+        loading.done(loading.first)
+
+    def _give_up_loading(self, number: int, why: Refused) -> None:
+        loading = self._loading.pop(number)
+        name, version = loading.load.name, loading.load.version
+        if (name, version) not in self._loads:  # else it serves, and only was to be loaded anew
+            # Number 0: nobody waits for the answer.
+            self._say_to_all("unload", (0, name, version))
+        loading.done(why)
+
+    def _was_loaded(self, member: _Member, number: int, outcome: Loaded | Refused) -> None:
+        loading = self._loading.get(number)
+        if loading:
+            loading.waiting.discard(member)
+            loading.outcomes[member] = outcome
+            self._go_on_loading(number)
+
+    def _go_on_unloading(self, number: int) -> None:
+        unloading = self._unloading[number]
+        for member in self._members:
+            if member.pipe and member.engine == unloading.engines and member not in unloading.asked:
+                self._say(member, "unload", (number, unloading.name, unloading.version))
+                unloading.asked.add(member)
+                unloading.waiting.add(member)
+        if unloading.waiting:
+            return
+        if not unloading.engines:
+            unloading.engines = True
+            self._go_on_unloading(number)
+            return
+        del self._unloading[number]
+        unloading.done()
+
+    def _was_unloaded(self, member: _Member, number: int) -> None:
+        unloading = self._unloading.get(number)
+        if unloading:
+            unloading.waiting.discard(member)
+            self._go_on_unloading(number)
+
+    def _was_routed(self, member: _Member | None, number: int) -> None:
+        routing = self._routing.get(number)
+        if routing:
+            if member:
+                routing.waiting.discard(member)
+            if not routing.waiting:
+                del self._routing[number]
+                routing.done()
+
+    def _forget(self, member: _Member) -> None:
+        """It is dead: nobody waits for it any more."""
+        for number, loading in list(self._loading.items()):
+            if member in loading.waiting:
+                loading.waiting.discard(member)
+                reason = f"{member.orders.name} died while it was loaded"
+                loading.outcomes[member] = Refused(reason, passing=True)
+            elif isinstance(loading.outcomes.get(member), Loaded):
+                del loading.outcomes[member]  # whoever takes its place is asked again
+            if number in self._loading:
+                self._go_on_loading(number)
+        for number in list(self._routing):
+            self._was_routed(member, number)
+        for number in list(self._unloading):
+            self._was_unloaded(member, number)
 
     def _bury(self, member: _Member) -> None:
         """Its pipe is closed: it has ended, or does at once."""
@@ -471,6 +835,7 @@ class Supervisor:
             member.process = member.pipe = None
             member.snapshot, was_ready, member.ready = {}, member.ready, False
             self._changed.notify_all()
+        self._forget(member)
         if self._delay_s is not None:
             if status and not self._killed:
                 log.warning("%s ended with status %d", name, status)
@@ -498,8 +863,8 @@ class Supervisor:
             log.info("not ready; still answering for %g s", self._delay_s)
         self._stopping = now + self._delay_s + self._settings.drain_grace_s + _END_S
         for member in self._members:
-            if member.pipe and not member.engine:
-                _send(member.pipe, "stop", self._delay_s)
+            if not member.engine:
+                self._say(member, "stop", self._delay_s)
 
     def _ended(self) -> bool:
         """Whether all have ended. Engines are stopped when no acceptor is left to ask them."""
@@ -508,8 +873,8 @@ class Supervisor:
         alive = [member for member in self._members if member.process]
         if all(member.engine for member in alive):
             for member in alive:
-                if member.pipe and not member.stopped:
-                    member.stopped = _send(member.pipe, "stop", 0.0)
+                if not member.stopped:
+                    member.stopped = self._say(member, "stop", 0.0)
         return not alive
 
 

@@ -300,6 +300,7 @@ class Engines:
         self._on_change, self._on_bug = on_change, on_bug
         # Of all that submitting threads and the thread share: heaps, pieces, tickets.
         self.lock = threading.Lock()
+        self._news = threading.Condition(self.lock)  # an engine serves what it did not
         self.unsent = False
         self._numbers = itertools.count()
         self._routes: dict[tuple[str, int, str], list[_Route]] = {}
@@ -348,6 +349,13 @@ class Engines:
         route = piece.route
         route.link.wire.put(REQUEST.pack(piece.number, math.inf, 0, 0, 0, route.index, CANCEL))
         self.unsent = True
+
+    def wait_for(self, name: str, version: int, timeout_s: float) -> bool:
+        """Waits until an engine that is connected serves the version; False where none does by then."""
+        with self._news:
+            return self._news.wait_for(
+                lambda: any(key[:2] == (name, version) for key in self._routes), timeout_s
+            )
 
     def flush(self) -> None:
         """Sends what is in line, as far as the sockets take it; the rest follows by itself."""
@@ -412,6 +420,7 @@ class Engines:
             for route in link.routes.values():
                 key = (route.info.name, route.info.version, route.info.sha256)
                 self._routes[key] = [*self._routes.get(key, ()), route]
+            self._news.notify_all()
         self._retries[link.path] = (math.inf, _RETRY_S)
         self._on_change(link.path, tuple(route.info for route in link.routes.values()))
 

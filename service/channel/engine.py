@@ -219,6 +219,7 @@ class EngineServer:
         for acceptor in self._acceptors.values():
             if acceptor.memory is not None:
                 acceptor.wire.put(news)
+                acceptor.wire.flush()
 
     def serve(self) -> None:
         """Serves on the calling thread until `close` is called and all that waited is answered."""
