@@ -39,8 +39,6 @@ from service.repository import (
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
-_EXTENSIONS = ("model_repository",)
-
 # Triton's words for what has become of a version.
 _INDEXED = {
     INCOMPLETE: "UNAVAILABLE",
@@ -117,7 +115,9 @@ class InferenceRpc:
         self, request: pb.ServerMetadataRequest, call: Call
     ) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(
-            name="convoy", version=metadata.version("convoy-serving"), extensions=_EXTENSIONS
+            name="convoy",
+            version=metadata.version("convoy-serving"),
+            extensions=["model_repository"] if self._order else [],
         )
 
     async def model_metadata(

@@ -98,6 +98,26 @@ def beside_convoy(target: str, folder: Path) -> dict[str, Any]:
         }
 
 
+def control(target: str, _: Path) -> dict[str, Any]:
+    """The model repository's calls, on a server that takes orders."""
+    with triton.InferenceServerClient(target) as client:
+
+        def index() -> list[list[str]]:
+            models = client.get_model_repository_index().models
+            return [[each.name, each.version, each.state] for each in models]
+
+        seen: dict[str, Any] = {"extensions": list(client.get_server_metadata().extensions)}
+        client.unload_model("digits", unload_dependents=True)
+        seen["unloaded"] = [index(), client.is_model_ready("digits")]
+        client.load_model("digits")
+        seen["loaded"] = [index(), client.is_model_ready("digits")]
+        try:
+            client.load_model("digits", config="{}", files={"file:1/model.onnx": b"a model"})
+        except triton.InferenceServerException as error:
+            seen["overridden"] = error.status()
+        return seen
+
+
 def config(path: str, _: Path) -> dict[str, Any]:
     """A config.pbtxt as Triton reads it."""
     parsed = text_format.Parse(Path(path).read_text(), ModelConfig())
@@ -113,5 +133,10 @@ def config(path: str, _: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    what = {"calls": calls, "beside_convoy": beside_convoy, "config": config}[sys.argv[1]]
+    what = {
+        "calls": calls,
+        "beside_convoy": beside_convoy,
+        "control": control,
+        "config": config,
+    }[sys.argv[1]]
     json.dump(what(sys.argv[2], Path(sys.argv[3])), sys.stdout)

@@ -21,7 +21,7 @@ from service import policy as policies
 from service.errors import ConvoyError
 from service.policy import Policy
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, convoy
-from tests.integration.conftest import classifier_on, inference_on
+from tests.integration.conftest import Peer, classifier_on, inference_on
 from tests.integration.models import flip_a_byte
 from tests.integration.pictures import raw, solid
 
@@ -171,6 +171,17 @@ def test_load_and_unload_understand_triton_and_kserve(calls: grpc.Channel, named
     assert states(calls)["2"] == "READY"
     # KServe's answer: the name in field 1, `true` in field 2. Triton's is empty, and skips both.
     assert {unloaded, loaded} == {b"\x0a\x06digits\x10\x01"}
+
+
+def test_tritonclient_loads_and_unloads(controlled: Server, peer: Peer) -> None:
+    seen = peer("control", controlled.target)
+    rest = [["digits", "1", "UNAVAILABLE"], ["digits", "3", "UNAVAILABLE"]]
+    assert seen == {
+        "extensions": ["model_repository"],
+        "unloaded": [[rest[0], ["digits", "2", "UNAVAILABLE"], rest[1]], False],
+        "loaded": [[rest[0], ["digits", "2", "READY"], rest[1]], True],
+        "overridden": "StatusCode.INVALID_ARGUMENT",
+    }
 
 
 def test_load_takes_no_files_and_no_configuration(calls: grpc.Channel) -> None:

@@ -1,61 +1,19 @@
 """Clients that others wrote, in an environment of their own."""
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from service.bundle import Golden
-from tests.conftest import REPOSITORY, TIMEOUT_S, Server, convoy, environment
+from tests.conftest import REPOSITORY, Server, convoy
+from tests.integration.conftest import Peer
 from tests.integration.pictures import encode
 
-LOCK = REPOSITORY / "locks" / "peers.txt"
 DIGITS = REPOSITORY / "models" / "digits"
-
-Peer = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def peer() -> Peer:
-    """Runs a function of peer.py in an environment that is made once for each state of the lock."""
-    key = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:16]
-    made = REPOSITORY / ".cache" / f"peers-{key}"
-    if not made.exists():
-        making = made.with_suffix(f".{os.getpid()}")
-        python = making / "bin" / "python"
-        uv = [sys.executable, "-m", "uv"]
-        subprocess.run([*uv, "venv", "-q", "-p", sys.executable, making], check=True)
-        subprocess.run(
-            [*uv, "pip", "install", "-q", "-p", python, "--require-hashes", "-r", LOCK], check=True
-        )
-        try:
-            making.rename(made)
-        except OSError:  # another run was faster
-            shutil.rmtree(making)
-
-    def run(what: str, subject: str, folder: Path = Path(), **variables: str) -> Any:
-        script = Path(__file__).with_name("peer.py")
-        result = subprocess.run(
-            [made / "bin" / "python", "-P", script, what, subject, folder],
-            capture_output=True,
-            env=environment(**{"PYTHONPATH": "", **variables}),
-            text=True,
-            timeout=4 * TIMEOUT_S,
-        )
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
-
-    return run
 
 
 @pytest.fixture
