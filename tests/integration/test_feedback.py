@@ -15,18 +15,18 @@ from protos import classifier_pb2 as pb
 from service import bundle as bundles
 from service.bundle import Thresholds
 from service.images import Pixels
-from tests.conftest import TIMEOUT_S, Server, convoy
+from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
 from tests.integration.models import COLOURS, add_colours, colours_of
 from tests.integration.pictures import encode, encoded, noise, raw
 from tests.integration.test_inference_protocol import infer_request, raw_bytes, raw_pixels
 
-UNSURE = 0.5
+UNSURE = 0.6
 
 
 @pytest.fixture(scope="module")
 def unsure_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`colours`, which is unsure of what it gives less than half."""
+    """`colours`, which is unsure of what it gives less than `UNSURE`."""
     models = tmp_path_factory.mktemp("unsure")
     first = add_colours(models)
     manifest = replace(first.manifest, thresholds=Thresholds(UNSURE, [0.0] * 3, 0.9, 0.9))
@@ -100,10 +100,10 @@ def test_every_unsure_image_is_kept_though_the_disk_is_full_for_a_while(
     assert kept == +expected
 
 
-def test_workers_keep_what_they_are_asked_in_one_folder_and_the_commands_read_it(
+def test_workers_keep_what_they_are_asked_in_one_folder(
     unsure_models: Path, tmp_path: Path
 ) -> None:
-    feedback, out = tmp_path / "feedback", tmp_path / "out"
+    feedback = tmp_path / "feedback"
     flags = "--feedback", feedback, "--feedback-share", "1", "--feedback-rotate-s", "0.1"
     crew = "--acceptors", "2", "--engines", "1"
     shown = noise(7, 64, (4, 4, 3))
@@ -116,16 +116,3 @@ def test_workers_keep_what_they_are_asked_in_one_folder_and_the_commands_read_it
     assert len({name.rpartition("-")[2] for name in names}) == 2, names
     kept = [row for file in feedback.iterdir() for row in parquet.read_table(file).to_pylist()]
     assert sorted(row["image"] for row in kept) == sorted(map(encode, shown))
-
-    done = convoy("feedback", "export", feedback, out)
-    assert done.returncode == 0, done.stderr
-    assert "64 images written" in done.stdout
-    labels = [COLOURS[best] for best in colours_of(shown).argmax(axis=1)]
-    assert {file.parent.name: 0 for file in out.rglob("*.png")}.keys() == set(labels)
-    assert {(file.parent.name, file.read_bytes()) for file in out.rglob("*.png")} == set(
-        zip(labels, map(encode, shown), strict=True)
-    )
-    done = convoy("feedback", "delete", feedback, kept[0]["sha256"], kept[1]["sha256"])
-    assert (done.returncode, done.stdout) == (0, "2 images deleted\n")
-    left = [row for file in feedback.iterdir() for row in parquet.read_table(file).to_pylist()]
-    assert len(left) == 62

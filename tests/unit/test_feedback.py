@@ -505,6 +505,28 @@ def test_an_image_is_deleted_by_its_sha256_from_all_files(
         delete(kept, ["cat.png"])
 
 
+def test_the_commands_say_what_they_have_done(
+    keep: Callable[..., Feedback], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feedback, shown = keep(share=1.0), [png(each) for each in pictures(4)]
+    feedback.observe(answered(shown, [True] * 3 + [False], dogs=[True, False, False, False]))
+    feedback.close()
+    kept, out, truth = tmp_path / "kept", tmp_path / "out", tmp_path / "truth.csv"
+    digests = [hashlib.sha256(each).hexdigest() for each in shown]
+    truth.write_text(f"sha256,label\n{digests[0]},cat\n{digests[3]},cat\n")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        status = app(["feedback", *map(str, arguments)], result_action="return_value")
+        return status or 0, capsys.readouterr().out
+
+    wanted = f"3 images written to {out}: cat 2, dog 1\n"
+    assert run("export", kept, out, "--model", "cats", "--unsure") == (0, wanted)
+    wanted = f"1 images written to {out}: cat 1\n1 were there already, 1 moved\n"
+    assert run("export", kept, out, "--labels", truth) == (0, wanted)
+    assert run("delete", kept, *digests[1:3]) == (0, "2 images deleted\n")
+    assert {row["sha256"] for row in rows(kept)} == {digests[0], digests[3]}
+
+
 def test_without_pyarrow_serving_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
