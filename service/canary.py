@@ -263,9 +263,19 @@ class Decision(NamedTuple):
     verdict: Literal["go on", "promote", "roll back"]
     why: str
     bounds: tuple[Bound, ...]
-    # Mean differences of the candidate from the stable version, and the ratio of times.
+    # Of the candidate's mean probability of its best class; and the ratio of times.
     confidence_shift: float
     latency_ratio: float
+
+    def figures(self) -> dict[str, float]:
+        """What is found on the same images, for a person to look at."""
+        failures, _, disagreement, *_ = self.bounds
+        return {
+            "agreement": 1 - disagreement.mean,
+            "error_delta": failures.mean,
+            "confidence_shift": self.confidence_shift,
+            "latency_ratio": self.latency_ratio,
+        }
 
     def __str__(self) -> str:
         numbers = "; ".join(map(str, self.bounds))

@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from service import gpu
+from service.canary import Counts, Decision
 from service.cpu import Budget
 
 # 0.5 ms to 10 s, each step at most 2.5 times the one before.
@@ -24,6 +25,9 @@ SECONDS = (
 )  # fmt: skip
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+# Of probabilities: rounding, another device or variant, another network.
+DIFFERENCES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 Labels = tuple[str, ...]
 
@@ -147,6 +151,36 @@ _FAMILIES = {
         "gauge", "1 where the last window drifted, by more than --drift-psi and by more than chance.",
         ("model", "version", "feature"),
     ),
+    "canary_counts": _Family(
+        "counter",
+        "What a candidate is judged by, see docs/canary.md: batches and requests answered, batches and "
+        "images compared, and sums over these of failures, of runs over the latency limit, of "
+        "disagreements, of seconds and of confidences.",
+        ("model", "stable", "candidate", "of"),
+    ),
+    "canary_difference": _Family(
+        "histogram",
+        "Largest difference between a candidate's and the stable version's probability of a class, of "
+        "each batch compared.",
+        ("model", "stable", "candidate"), DIFFERENCES,
+    ),
+    "canary_figure": _Family(
+        "gauge",
+        "Of a candidate against the stable version, on the same images: agreement (share with the same "
+        "best class), error_delta (share on which only it failed), confidence_shift (of the mean "
+        "probability of the best class), latency_ratio.",
+        ("model", "candidate", "figure"),
+    ),
+    "canary_limit": _Family(
+        "gauge",
+        "Of each limit of a candidate: value; and mean, lowest and highest of what is held against it, "
+        "as far as it is known.",
+        ("model", "candidate", "limit", "of"),
+    ),
+    "canary_decisions": _Family(
+        "counter", "Candidates promoted and rolled back by what was counted of them.",
+        ("model", "verdict"),
+    ),
     "cpu_budget_cores": _Family("gauge", "Cores that may be used, by cgroup and affinity.", ()),
     "threads": _Family(
         "gauge", "How the cores are shared out: processes and threads by role.", ("role",)
@@ -250,6 +284,40 @@ class Metrics:
             del known[labels]
         known.update(now)
 
+    def canary(
+        self,
+        model: str,
+        stable: int,
+        candidate: int,
+        counts: Counts,
+        difference: float | None = None,
+    ) -> None:
+        """Adds what was counted of a candidate; `difference`: of a batch that was compared."""
+        versions = (model, str(stable), str(candidate))
+        for name, value in zip(Counts._fields, counts, strict=True):
+            if value:
+                _add(self._numbers["canary_counts"], (*versions, name), value)
+        if difference is not None:
+            self._histogram("canary_difference", versions).observe(difference)
+
+    def judged(self, model: str, candidate: int, decision: Decision | None) -> None:
+        """What was found of a model's candidate; None: it has none any more."""
+        figures, limits = self._numbers["canary_figure"], self._numbers["canary_limit"]
+        for known in (figures, limits):
+            for labels in [each for each in known if each[0] == model]:
+                del known[labels]
+        if decision is None:
+            return
+        version = str(candidate)
+        for figure, value in decision.figures().items():
+            figures[model, version, figure] = value
+        for bound in decision.bounds:
+            limits[model, version, bound.name, "value"] = bound.limit
+            for name in ("mean", "lowest", "highest"):
+                limits[model, version, bound.name, name] = getattr(bound, name)
+        if decision.verdict != "go on":
+            _add(self._numbers["canary_decisions"], (model, decision.verdict), 1)
+
     def switched(self, model: str) -> None:
         _add(self._numbers["model_switches"], (model,), 1)
 
@@ -336,6 +404,15 @@ class Metrics:
 
 def _add(numbers: dict[Labels, float], labels: Labels, count: float) -> None:
     numbers[labels] = numbers.get(labels, 0) + count
+
+
+def canary_counts(snapshot: Snapshot, model: str, stable: int, candidate: int) -> Counts:
+    """What was counted of a candidate."""
+    versions = (model, str(stable), str(candidate))
+    found = {
+        labels[3]: value for labels, value in snapshot["canary_counts"] if labels[:3] == versions
+    }
+    return Counts(**found)  # type: ignore[arg-type]
 
 
 # Of these every process tells the same; of the others, what the processes have is added up.
