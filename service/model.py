@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from service.cpu import whole_cores
 from service.device import (
     Card,
     Device,
+    Opened,
     buckets,
     card_value,
     expects_card,
@@ -58,6 +60,7 @@ class _Bound(NamedTuple):
 
     pixels: Pixels
     probabilities: Probabilities
+    session: ort.InferenceSession
     binding: Any
     source: ort.OrtValue | None = None
     sink: ort.OrtValue | None = None
@@ -86,7 +89,8 @@ class Model:
 
         Raises BrokenVersion where the file is no such classifier or the device can't be had.
         """
-        opened = open_session(onnx, Device.parse(device), threads or whole_cores(), card, data)
+        threads = threads or whole_cores()
+        opened = open_session(onnx, Device.parse(device), threads, card, data)
         self._session, self.fallback = opened.session, opened.fallback
         self._device = opened.device
         self.device = str(opened.device)
@@ -99,6 +103,11 @@ class Model:
         self._replays: ThreadPoolExecutor | None = None
         if card.graphs and opened.device.kind == "cuda":
             self._replays = ThreadPoolExecutor(1, thread_name_prefix="cuda-graphs")
+        # A convolution keeps cuDNN's plan for the last size alone, and makes another for each other
+        # one: 100 ms for ResNet-50, where a batch takes 2. A graph has no need of plans.
+        self._one_more: Callable[[], Opened] | None = None
+        if opened.device.kind == "cuda" and not card.graphs:
+            self._one_more = partial(open_session, onnx, opened.device, threads, card, data)
         self._read_contract()
 
     def _read_contract(self) -> None:
@@ -244,19 +253,23 @@ class Model:
     def bind(self, sizes: Sequence[int], classes: int, lanes: int = 1) -> None:
         """Has batches of these sizes run in memory that stays bound to the session, as many at once as
         there are `lanes` (CUDA graphs: one). On a card it is memory of the host that the card reads
-        and writes itself. See `buffer`.
+        and writes itself, and each size has a session of its own. See `buffer`.
         """
         self.sizes, self.lanes = tuple(sizes), 1 if self._replays else lanes
-        self._bound = {
-            size: [self._bind(size, classes) for _ in range(self.lanes)] for size in self.sizes
-        }
+        for size in self.sizes:
+            session = self._session
+            if self._bound and self._one_more:
+                session = self._one_more().session
+            self._bound[size] = [self._bind(session, size, classes) for _ in range(self.lanes)]
+        # It holds the graph, which is not needed any more.
+        self._one_more = None
 
-    def _bind(self, size: int, classes: int) -> _Bound:
+    def _bind(self, session: ort.InferenceSession, size: int, classes: int) -> _Bound:
         pixels = host_value(self._device, (size, *self.shape), np.uint8)
         # Little, and not pinned: what is copied there is there when the run is over.
         probabilities = ort.OrtValue.ortvalue_from_shape_and_type((size, classes), np.float32)
-        binding = self._session.io_binding()
-        bound = _Bound(_view(pixels), _view(probabilities), binding)
+        binding = session.io_binding()
+        bound = _Bound(_view(pixels), _view(probabilities), session, binding)
         bound.pixels[...] = 0
         if self._device.kind != "cpu":
             pixels = card_value(self._device, (size, *self.shape), np.uint8)
@@ -393,7 +406,7 @@ class Model:
                 return self._replays.submit(self._replay, bound).result()
             if bound.source:
                 bound.source.update_inplace(bound.pixels)
-            self._session.run_with_iobinding(bound.binding)
+            bound.session.run_with_iobinding(bound.binding)
         except Exception as error:
             raise InferenceFailed(str(error)) from error
         return bound.probabilities.copy()
@@ -410,7 +423,7 @@ class Model:
         assert bound.source
         assert bound.sink
         bound.source.update_inplace(bound.pixels)
-        self._session.run_with_iobinding(bound.binding, bound.options)
+        bound.session.run_with_iobinding(bound.binding, bound.options)
         answer: Probabilities = bound.sink.numpy()
         return answer
 

@@ -87,7 +87,8 @@ class Settings:
     not give them is refused with its version."""
 
     gpu_memory_mb: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
-    """Megabytes of a card's memory that each model may take; 0 for no bound."""
+    """Megabytes of a card's memory that a model may take for each of its batch sizes, which have a
+    session each; 0 for no bound."""
 
     cuda_graphs: bool = False
     """On a card (cuda, not tensorrt): record what it does for each batch size, and repeat that in one

@@ -20,9 +20,10 @@ from service.bundle import Scores, Variant
 from service.cpu import split
 from service.device import Card, Device, buckets, heavy_on_cpu, open_session
 from service.errors import BrokenVersion
+from service.life import Alone, Director
 from service.metrics import Metrics, registry
 from service.model import Model
-from service.repository import Pin, Repository, runs_here
+from service.repository import Repository, runs_here
 from service.settings import Settings
 from tests.integration.models import add_colours, add_variants, colours_of
 from tests.unit.graphs import classifier
@@ -140,6 +141,7 @@ def test_auto_falls_back_loudly(
     make = runs_here(settings, budget, metrics, lambda bug: None)
     with caplog.at_level(logging.WARNING):
         repository = Repository(tmp_path, settings, budget, metrics, make)
+        Director(tmp_path, Alone(repository), metrics).settle()
     [entry] = repository.entries()
     words = "runs on the CPU, not on CUDA: device cuda:0 is not to be had"
     assert words in caplog.text
@@ -155,10 +157,9 @@ def test_a_process_takes_the_variant_that_others_decided(tmp_path: Path) -> None
     add_variants(tmp_path, "both")
     settings, budget, metrics = Settings(variant="fastest"), split(1, 1, 0, 1, 1), Metrics()
     for variant in ("fp32", "int8"):
-        pins = {"both": Pin(1, "cpu", variant, "", 0)}
-        make = runs_here(settings, budget, metrics, lambda bug: None, pins)
-        repository = Repository(tmp_path, settings, budget, metrics, make, pins=pins)
-        assert repository.pins()["both"].variant == variant
+        make = runs_here(settings, budget, metrics, lambda bug: None)
+        repository = Repository(tmp_path, settings, budget, metrics, make)
+        assert repository.load("both", 1, variant=variant).variant == variant
         repository.close()
 
 
@@ -259,11 +260,11 @@ def test_what_cannot_be_recorded_runs_without_graphs(
 
     monkeypatch.setattr(Session, "__init__", init)
     model = Model.load(bundle, "cuda", 1, card=Card(graphs=True))
-    assert [graph_options(session) for session in opened] == [["1"], [None]]
+    assert [graph_options(session) for session in opened] == [["1"], *[[None]] * 4]
     assert "colours/1 without CUDA graphs: " in caplog.text
     assert "when stream is capturing" in caplog.text
     assert model.lanes == 2
-    assert {number for number, *_ in opened[1].graphs} == {"None"}
+    assert {number for session in opened[1:] for number, *_ in session.graphs} == {"None"}
 
 
 def test_without_graphs_a_card_has_its_next_batch_at_hand(card: Any, tmp_path: Path) -> None:
@@ -283,8 +284,9 @@ def test_without_graphs_a_card_has_its_next_batch_at_hand(card: Any, tmp_path: P
         answers[n] = answer
         answered.release()
 
-    [session] = opened
-    before, warm = len(session.graphs), set(session.graphs)
+    warm = [list(session.graphs) for session in opened]
+    # Each size has a session, which sees no other.
+    assert len(warm) == 4
     made.batcher.start()
     stops = dict(pairwise([0, *np.cumsum([1 + n % 9 for n in range(70)]).tolist()]))
     for number, (start, stop) in enumerate(stops.items()):
@@ -296,9 +298,11 @@ def test_without_graphs_a_card_has_its_next_batch_at_hand(card: Any, tmp_path: P
         expected = colours_of(pixels[start:stop])
         np.testing.assert_allclose(answers[start].outputs, expected, atol=1e-6)
     # Whatever came, it ran in memory that had been run in before the version was ready.
-    ran = {binding for *_, binding in session.graphs[before:]}
-    assert ran <= {binding for *_, binding in warm}
-    assert len(ran) >= 4
+    for session, before in zip(opened, warm, strict=True):
+        ran = {binding for *_, binding in session.graphs[len(before) :]}
+        assert ran
+        assert ran <= {binding for *_, binding in before}
+        assert len({binding for *_, binding in session.graphs}) == 2
 
 
 def test_deterministic_on_a_card_is_one_size_that_is_warm(card: Any, tmp_path: Path) -> None:
