@@ -460,12 +460,14 @@ def _schedule(settings: TrainingSettings, steps: int) -> Any:
 def _optimizer(settings: TrainingSettings, schedule: Any, precision: str) -> Any:
     if settings.optimizer == "adamw":
         optimizer = keras.optimizers.AdamW(schedule, weight_decay=settings.weight_decay)
+        if settings.weight_decay:
+            optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     else:
+        # Offsets too: by its high rate those of a normalisation would grow until bfloat16 has no
+        # digits left for what they are added to.
         optimizer = keras.optimizers.SGD(
             schedule, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
         )
-    if settings.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     return keras.optimizers.LossScaleOptimizer(optimizer) if precision == "float16" else optimizer
 
 
