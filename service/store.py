@@ -299,16 +299,12 @@ class Store:
         """Looks once, and brings what is wanted. Raises what obstore raises, OSError, ConvoyError."""
         if not self._hold():
             return
-        listing = self._list()
+        listing = self.list()
         if not listing.versions and bundles.names(self.folder):
             # An empty bucket is more likely a mistake than an order to remove everything.
             raise ConvoyError("it has no models: those in the cache are kept")
         self._sync_policies(listing)
-        tried: set[Key] = set()
-        bringing = [self._bring(name, listing, tried) for name in sorted(listing.versions)]
-        # One of each model, then a second of each.
-        while bringing := [each for each in bringing if next(each, False)]:
-            self._first.set()
+        tried = self.bring(listing)
         self._clean(listing, tried)
         failed = False
         for key, each in list(self._tries.items()):
@@ -331,10 +327,19 @@ class Store:
             self._held = True
         return True
 
-    def _list(self) -> _Listing:
+    def list(self) -> _Listing:
         listing = _sort(self._source.list().collect())
         self._looked = self._clock()
         return listing
+
+    def bring(self, listing: _Listing) -> set[Key]:
+        """Brings what is wanted of these; what it tried to, or did."""
+        tried: set[Key] = set()
+        bringing = [self._bring(name, listing, tried) for name in sorted(listing.versions)]
+        # One of each model, then a second of each.
+        while bringing := [each for each in bringing if next(each, False)]:
+            self._first.set()
+        return tried
 
     def _bring(self, name: str, listing: _Listing, tried: set[Key]) -> Iterator[bool]:
         """Brings the wanted versions of a model, the most wanted first; yields after each that is whole
@@ -406,8 +411,8 @@ class Store:
             if ours not in (None, data) and key in self.in_use() and self._is(folder, ours or b""):
                 raise _Refused(
                     "changed",
-                    "it was replaced in the store, and the one before serves: a version "
-                    "never changes, publish a new one",
+                    "it is another one in the store than the one that is used here: a version never "
+                    "changes, publish a new one",
                 )
             self._fetch(key, files, data)
         self._kept[key] = _Kept(listed.id, _stats(folder))
@@ -486,7 +491,7 @@ class Store:
             while done < there.size:
                 self._between(key, files)
                 end = min(done + self._piece_bytes, there.size)
-                piece = self._get(there, done, end)
+                piece = _get(self._source, there, done, end)
                 digest.update(piece)
                 file.write(piece)
                 done += len(piece)
@@ -508,23 +513,16 @@ class Store:
         if self._closed.is_set():
             raise _Closed
         if self._clock() - self._looked > self._watch_s:
-            listing = self._list()
+            listing = self.list()
             self._sync_policies(listing)
             name, version = key
             if listing.versions.get(name, {}).get(version) != files:
                 raise _Changed("its files are others now")
 
-    def _get(self, there: _Object, start: int = 0, end: int | None = None) -> bytes:
-        options = None if end is None else {"range": (start, end)}
-        data = bytes(self._source.get(there.path, options=options).bytes())
-        if end is not None and len(data) != end - start:
-            raise _Changed(f"{there.path} is shorter than listed")
-        return data
-
     def _get_twice(self, there: _Object) -> bytes:
         """Of what no checksum is known, so that it must at least be the same twice. Raises _Refused."""
-        data = self._get(there)
-        if self._get(there) != data:
+        data = _get(self._source, there)
+        if _get(self._source, there) != data:
             raise _Refused("corrupt", f"{there.path} has other bytes each time")
         return data
 
@@ -624,6 +622,14 @@ class Store:
         except NotSupportedError:  # a store without conditions: the last who writes counts
             written = self._source.put(path, data, mode="overwrite")
         return _Object(path, len(data), written["e_tag"] or "", {})
+
+
+def _get(source: Source, there: _Object, start: int = 0, end: int | None = None) -> bytes:
+    options = None if end is None else {"range": (start, end)}
+    data = bytes(source.get(there.path, options=options).bytes())
+    if end is not None and len(data) != end - start:
+        raise _Changed(f"{there.path} is shorter than listed")
+    return data
 
 
 def _sort(objects: Iterable[Any]) -> _Listing:
@@ -733,16 +739,45 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def publish(folder: Path, url: str, source: Source | None = None) -> int:
-    """Puts the version in `folder`, models/<name>/<version>, into the store under its model's name, as
-    its next version, whose number is returned. Every file is verified first, the manifest goes last.
+def pull(url: str, folder: Path, newest: int = 1, source: Source | None = None) -> list[Path]:
+    """Brings the newest versions of each model in the store into a folder, where nothing is removed or
+    replaced. They are returned, those too that were there.
 
-    Raises ConvoyError, BrokenVersion.
+    Raises ConvoyError where one can't be had.
+    """
+    store = Store(url, folder, Metrics(), watch_s=math.inf, newest=newest, source=source)
+    store.in_use = lambda: {
+        (name, version)
+        for name in bundles.names(folder)
+        for version in bundles.versions(folder / name)
+    }
+    try:
+        tried = store.bring(store.list())
+    except (BaseError, OSError) as error:
+        raise ConvoyError(f"{url} can't be read: {_words(error)}") from error
+    finally:
+        store.close()
+    if failed := [f"{name}/{version}: {why}" for (name, version), why in store.waiting().items()]:
+        raise ConvoyError(f"{url}: {'; '.join(failed)}")
+    shutil.rmtree(folder / _PRIVATE, ignore_errors=True)
+    return [folder / name / str(version) for name, version in sorted(tried)]
+
+
+def push(folder: Path, url: str, source: Source | None = None) -> tuple[int, bool]:
+    """Puts the version in `folder`, models/<name>/<version>, into the store, as the next one of its
+    model; its number there. One that the store has already, under whatever number, is not put there
+    again: then False comes with the number.
+
+    Every file is verified first, and the manifest goes last. Raises ConvoyError, BrokenVersion.
     """
     store = source or open_source(url)
-    bundle = bundles.read(folder)
+    bundle, manifest = bundles.read(folder), (folder / MANIFEST).read_bytes()
     try:
         listed = _sort(store.list().collect()).versions.get(bundle.name, {})
+        for version, files in listed.items():
+            other = files.get(MANIFEST)
+            if other and other.size == len(manifest) and _get(store, other) == manifest:
+                return version, False
         for version in itertools.count(max(listed, default=0) + 1):
             there = f"{bundle.name}/{version}"
             try:
@@ -753,10 +788,10 @@ def publish(folder: Path, url: str, source: Source | None = None) -> int:
                 pass
             for name in [*bundle.manifest.files, MANIFEST]:
                 store.put(f"{there}/{name}", folder / name)
-            return version
+            return version, True
     except (BaseError, OSError) as error:
         raise ConvoyError(
-            f"{folder} could not be published to {url}: {_words(error)}; "
-            "without its manifest nobody takes it for a version"
+            f"{folder} could not be put into {url}: {_words(error)}; without its manifest nobody "
+            "takes it for a version"
         ) from error
     raise AssertionError

@@ -34,7 +34,7 @@ class Bucket:
         self.writes: list[str] = []
         # Called before each read with its path; what it raises is what the reader gets.
         self.on_read: Callable[[str], object] = lambda path: None
-        self.on_list: Callable[[], None] = lambda: None
+        self.on_list: Callable[[], object] = lambda: None
         self.on_write: Callable[[Any], None] = lambda mode: None
         self.change: Callable[[str, bytes], bytes] = lambda path, data: data
 
@@ -853,42 +853,47 @@ def test_of_two_processes_on_one_cache_one_keeps_it_up_to_date(
     assert second.versions() == [1, 2]
 
 
-# Publishing.
+# By hand.
 
 
-def test_a_version_is_published_under_the_next_number_manifest_last(
+def test_a_version_is_pushed_under_the_next_number_manifest_last(
     mirror: Mirror, bucket: Bucket, made: Path
 ) -> None:
-    assert stores.publish(pets(made, 2), URL, bucket) == 1
+    assert stores.push(pets(made, 2), URL, bucket) == (1, True)
     assert bucket.writes[-1] == f"pets/1/{MANIFEST}"
     # Someone is at work on 2.
     bucket.inside.put("pets/2/claimed", b"")
-    assert stores.publish(pets(made, 3), URL, bucket) == 3
+    assert stores.push(pets(made, 3), URL, bucket) == (3, True)
     mirror.look()
     assert mirror.versions() == [1, 3]
     assert (mirror.folder / "pets" / "3" / MODEL).read_bytes()[-1] == 2
     assert "claimed" not in {f.name for f in (mirror.folder / "pets" / "3").iterdir()}
+    # What is there is not pushed again.
+    writes = len(bucket.writes)
+    assert stores.push(pets(made, 2), URL, bucket) == (1, False)
+    assert stores.push(mirror.folder / "pets" / "3", URL, bucket) == (3, False)
+    assert len(bucket.writes) == writes
 
 
-def test_of_two_who_publish_at_once_each_has_a_number(bucket: Bucket, made: Path) -> None:
+def test_of_two_who_push_at_once_each_has_a_number(bucket: Bucket, made: Path) -> None:
     other_first = iter([True])
 
     def other(mode: Any) -> None:
         if next(other_first, False):
-            assert stores.publish(pets(made, 1), URL, bucket) == 1
+            assert stores.push(pets(made, 1), URL, bucket) == (1, True)
 
     bucket.on_write = other
-    assert stores.publish(pets(made, 2), URL, bucket) == 2
+    assert stores.push(pets(made, 2), URL, bucket) == (2, True)
 
 
-def test_what_is_damaged_is_not_published(bucket: Bucket, made: Path) -> None:
+def test_what_is_damaged_is_not_pushed(bucket: Bucket, made: Path) -> None:
     (pets(made, 1) / MODEL).write_bytes(b"x")
     with pytest.raises(ConvoyError, match=MODEL):
-        stores.publish(pets(made, 1), URL, bucket)
+        stores.push(pets(made, 1), URL, bucket)
     assert bucket.writes == []
 
 
-def test_a_publication_that_fails_leaves_nothing_that_is_a_version(
+def test_a_push_that_fails_leaves_nothing_that_is_a_version(
     mirror: Mirror, bucket: Bucket, made: Path
 ) -> None:
     def fail(mode: Any) -> None:
@@ -896,10 +901,42 @@ def test_a_publication_that_fails_leaves_nothing_that_is_a_version(
             raise GenericError("the line is dead")
 
     bucket.on_write = fail
-    with pytest.raises(ConvoyError, match="could not be published to s3://bucket/models"):
-        stores.publish(pets(made, 1), URL, bucket)
+    with pytest.raises(ConvoyError, match="could not be put into s3://bucket/models"):
+        stores.push(pets(made, 1), URL, bucket)
     mirror.look()
     assert mirror.versions() == []
+
+
+def test_the_newest_are_pulled_beside_what_is_there(
+    tmp_path: Path, bucket: Bucket, made: Path
+) -> None:
+    for number in (1, 2, 3):
+        bucket.add(pets(made, number))
+    bucket.add(made / "cars" / "1")
+    folder = tmp_path / "here"
+    versions.write(folder / "mine")
+    shutil.copytree(pets(made, 1), folder / "pets" / "1")
+    wanted = [folder / "cars" / "1", folder / "pets" / "3"]
+    assert stores.pull(URL, folder, source=bucket) == wanted
+    assert stores.pull(URL, folder, source=bucket) == wanted
+    assert sorted(str(f.relative_to(folder)) for f in folder.glob("*/*/")) == [
+        "cars/1", "mine/1", "pets/1", "pets/3",
+    ]  # fmt: skip
+    assert [f.name for f in folder.glob(".*")] == []
+    assert bundles.read(folder / "pets" / "3").onnx[-1] == 2
+    assert bucket.writes == []
+
+
+def test_a_pull_replaces_nothing(tmp_path: Path, bucket: Bucket, made: Path) -> None:
+    bucket.add(pets(made, 1))
+    folder = tmp_path / "here"
+    shutil.copytree(pets(made, 2), folder / "pets" / "1")
+    with pytest.raises(ConvoyError, match="pets/1: it is another one in the store"):
+        stores.pull(URL, folder, source=bucket)
+    assert bundles.read(folder / "pets" / "1").onnx[-1] == 1
+    bucket.on_list = lambda: bucket.inside.get("nothing")
+    with pytest.raises(ConvoyError, match="can't be read"):
+        stores.pull(URL, folder, source=bucket)
 
 
 def test_each_url_has_a_cache_of_its_own(tmp_path: Path) -> None:
