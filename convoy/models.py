@@ -203,6 +203,7 @@ class Folder:
     def _model(self, name: str) -> Model:
         from service import bundle as bundles
         from service import policy as policies
+        from service.canary import Canary
 
         folder = self._folder / name
         reason = ""
@@ -221,7 +222,7 @@ class Folder:
             served = [number for number in whole if number in policy.pinned]
         stable = policy.stable or max(served, default=0)
         candidate = policy.labels.get(policies.CANARY, 0)
-        canary = policy.canary or policies.Canary()
+        canary = policy.canary or Canary()
         return {
             "model": name,
             "file": str(folder / policies.FILE),
@@ -232,7 +233,7 @@ class Folder:
                 "mode": canary.mode if candidate else "stable",
                 "stable": stable,
                 "candidate": candidate,
-                "share": canary.share if candidate else 0.0,
+                "share": canary.share if candidate and canary.mode == "canary" else 0.0,
             },
             "version_labels": policy.labels,
             "versions": versions,
@@ -346,8 +347,8 @@ def _answering(model: Model) -> str:
     route = model["route"]
     told = f"version {model['version']} answers"
     if route["candidate"]:
-        what = "a copy of them goes" if route["mode"] == "shadow" else "they go"
-        told += f"; of {route['share']:.3g} of the requests {what} to {route['candidate']}"
+        of_them = "copies" if route["mode"] == "shadow" else f"{route['share']:.3g}"
+        told += f"; {of_them} of the requests go to {route['candidate']}"
     return told
 
 

@@ -262,6 +262,7 @@ class Batcher:
         buffer: Callable[[int, int], Rows | None] = lambda size, lane: None,
         lanes: int = 1,
         on_batch: Callable[[Batch], None] = lambda batch: None,
+        on_rows: Callable[[Rows], None] = lambda rows: None,
         on_bug: Callable[[BaseException], None] = lambda bug: None,
         name: str = "batcher",
         clock: Callable[[], float] = time.monotonic,
@@ -273,7 +274,8 @@ class Batcher:
         any will do.
         `lanes`: with two, a device that copies while it computes has the next batch at hand when
         it is done with one. Only a full batch goes before that: others would be smaller for it.
-        `on_batch` hears of every run; `on_bug` of an error in the batcher itself, after which
+        `on_batch` hears of every run, and `on_rows` of the rows that were run together, which are
+        there for as long as it looks at them; `on_bug` of an error in the batcher itself, after which
         every waiting request has failed and new ones are refused.
         """
         self._run = run
@@ -282,7 +284,7 @@ class Batcher:
         self._times = times
         self._max_wait_s = max_wait_s
         self._sizes = tuple(sorted(sizes))
-        self._on_batch = on_batch
+        self._on_batch, self._on_rows = on_batch, on_rows
         self._on_bug = on_bug
         self._name = name
         self._clock = clock
@@ -736,6 +738,8 @@ class Batcher:
         # What is answered has been counted already.
         try:
             self._on_batch(Batch(size, len(batch), run_s, outputs is None, failed, late_rows))
+            if not apart:
+                self._on_rows(rows[:size])
         finally:
             _tell(endings)
         if retry:

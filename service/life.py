@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 from service import bundle as bundles
 from service import policy as policies
 from service.bundle import Manifest
+from service.canary import Canary, Counts, judge
 from service.errors import (
     BrokenVersion,
     ConvoyError,
@@ -34,7 +35,7 @@ from service.errors import (
     NotReady,
     UnknownModel,
 )
-from service.metrics import Metrics
+from service.metrics import Metrics, Snapshot, canary_counts
 from service.policy import Policy
 from service.repository import (
     BROKEN,
@@ -44,6 +45,7 @@ from service.repository import (
     LOADING,
     READY,
     STANDBY,
+    UNLOADED,
     Loaded,
     ModelState,
     Repository,
@@ -57,7 +59,12 @@ log = logging.getLogger("convoy.life")
 # a while, each time twice as long, up to the longest.
 _RETRY_S, _LONGEST_RETRY_S = 5.0, 300.0
 
+_ON_TRIAL = "on trial: "
+
 _CHANGED = "changed on the disk: a version never changes, publish a new one"
+
+# How often candidates are judged.
+_JUDGE_S = 1.0
 
 # An incomplete version in which nothing changes for so long was forgotten by whoever copied it.
 _FORGOTTEN_S = 60.0
@@ -121,6 +128,15 @@ class _Version:
         return self.held is not None and self.state in (READY, STANDBY)
 
 
+class _Trial(NamedTuple):
+    """What a candidate is held against, how, and what had been counted when that began."""
+
+    stable: int
+    candidate: int
+    canary: Canary
+    start: Counts
+
+
 @dataclass
 class _Model:
     name: str
@@ -135,6 +151,7 @@ class _Model:
     previous: int = 0
     # Wanted by an order, whatever the policy says.
     ordered: set[int] = field(default_factory=set)
+    trial: _Trial | None = None
 
 
 class _Look(NamedTuple):
@@ -161,10 +178,12 @@ class Director:
         *,
         watch_s: float = 1.0,
         rollback_window_s: float = 300.0,
+        snapshot: Callable[[], Snapshot] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Looks at the folder every `watch_s`, 0: only at the beginning and for orders. A version
-        that was replaced is kept for `rollback_window_s`.
+        that was replaced is kept for `rollback_window_s`. `snapshot`: what all processes counted, by
+        which candidates are judged; without, they are not.
         """
         self.folder = folder
         self._crew, self._metrics, self._clock = crew, metrics, clock
@@ -175,6 +194,7 @@ class Director:
         self._changed = threading.Condition(threading.RLock())
         self._heard: deque[Callable[[], None]] = deque()
         self._look_at = -math.inf
+        self._snapshot, self._judge_at = snapshot, math.inf
         self._loading: tuple[str, int] | None = None
         self._begun = False  # everything that was there at the beginning has been judged
         self._closing = False
@@ -190,9 +210,21 @@ class Director:
             with self._changed:
                 self._see(looks, now)
                 self._look_at = now + self._watch_s if self._watch_s else math.inf
+        if self._snapshot and now >= self._judge_at:
+            counted = self._snapshot()
+            with self._changed:
+                self._judge(counted)
+                self._judge_at = now + _JUDGE_S
         with self._changed:
             self._decide()
-            due = [self._look_at]
+            if self._heard:  # from a crew that does things at once
+                return 0.0
+            on_trial = any(model.route.candidate or model.trial for model in self._models.values())
+            if not on_trial:
+                self._judge_at = math.inf
+            elif self._judge_at == math.inf:
+                self._judge_at = now
+            due = [self._look_at, self._judge_at]
             for model in self._models.values():
                 due += [v.until for v in model.versions.values() if v.state == STANDBY]
                 # What is overdue waits for a load to end, or is not wanted.
@@ -444,7 +476,10 @@ class Director:
     def _change(self, model: _Model, make: Callable[[Policy], Policy]) -> None:
         """Makes another policy of the model's, in its file too, and does what follows from it."""
         folder = self.folder / model.name
-        policies.read(folder)  # what can't be read is for a person to mend
+        try:
+            policies.read(folder)
+        except ConvoyError as error:
+            raise NotPossible(f"{error}; mend it, or remove it") from error
         try:
             model.policy = policies.change(folder, make)
         except ConvoyError as error:
@@ -645,6 +680,40 @@ class Director:
             elif version.state != STANDBY or not back or now >= version.until:
                 self._unload(model, version)
 
+    def _judge(self, counted: Snapshot) -> None:
+        """Promotes candidates, or rolls them back, by what was counted of them since they are."""
+        for model in list(self._models.values()):
+            stable, candidate, canary = (
+                model.route.stable,
+                model.route.candidate,
+                model.route.canary,
+            )
+            if not candidate or canary is None:
+                if model.trial:
+                    self._metrics.judged(model.name, 0, None)
+                    self._note(model, model.trial.candidate, "")
+                model.trial = None
+                continue
+            counts = canary_counts(counted, model.name, stable, candidate)
+            if model.trial is None or model.trial[:3] != (stable, candidate, canary):
+                model.trial = _Trial(stable, candidate, canary, counts)
+            decision = judge(canary, counts.since(model.trial.start))
+            self._metrics.judged(model.name, candidate, decision)
+            self._note(model, candidate, _incomparable(model) or decision.why)
+            try:
+                if decision.verdict == "promote":
+                    self.promote(model.name, candidate, str(decision))
+                elif decision.verdict == "roll back":
+                    self.reject(model.name, candidate, str(decision))
+            except ConvoyError as error:
+                log.error("%s/%d stays on trial: %s", model.name, candidate, error)
+
+    def _note(self, model: _Model, number: int, words: str) -> None:
+        """Says how a trial goes, unless there is something else to say of the version."""
+        version = model.versions.get(number)
+        if version and (not version.reason or version.reason.startswith(_ON_TRIAL)):
+            version.reason = words and _ON_TRIAL + words
+
     def _base(self, model: _Model, policy: Policy) -> list[int]:
         """The versions that are served by what the policy says, the newest first."""
         if not policy.newest:
@@ -690,13 +759,15 @@ class Director:
 
     def _route(self, model: _Model, policy: Policy, stable: int, candidate: int) -> None:
         labels = {**policy.labels, policies.STABLE: stable, policies.CANARY: candidate}
-        canary = policy.canary or policies.Canary()
+        canary = policy.canary if candidate else None
+        shadow = canary is not None and canary.mode == "shadow"
         route = Route(
             stable,
             candidate,
-            canary.share if candidate else 0.0,
-            bool(candidate) and canary.mode == "shadow",
+            canary.share if canary and not shadow else 0.0,
+            shadow,
             tuple(sorted((name, number) for name, number in labels.items() if number)),
+            canary,
         )
         before, model.route = model.route, route
         if route == before:
@@ -706,8 +777,8 @@ class Director:
             self._metrics.switched(model.name)
         if before.candidate != candidate and candidate:
             log.info(
-                "%s/%d is a candidate: %s of the requests%s",
-                model.name, candidate, f"{route.share:.3g}", ", as copies" if route.shadow else "",
+                "%s/%d is a candidate: it gets %s of the requests, and is compared",
+                model.name, candidate, f"{route.share:.3g}",
             )  # fmt: skip
         model.routing += 1
         routed = partial(self._routed, model, before, route)
@@ -874,7 +945,21 @@ def _shown(model: _Model) -> ModelState:
                 scores.images if scores else 0,
             )
         )
-    return ModelState(model.name, tuple(versions), str(model.policy or Policy()), model.reason)
+    policy = model.policy or Policy()
+    reason = model.reason or (UNLOADED if policy.nothing else "")
+    return ModelState(model.name, tuple(versions), str(policy), reason)
+
+
+def _incomparable(model: _Model) -> str:
+    """Why its candidate can't be compared with the stable version; empty where it can."""
+    arms = [model.versions[number] for number in (model.route.stable, model.route.candidate)]
+    shapes = [list(arm.manifest.pixels.shape) for arm in arms if arm.manifest]
+    if len(shapes) == 2 and shapes[0] != shapes[1]:
+        return (
+            f"takes images of {shapes[1]}, the stable version {shapes[0]}: they can't be compared; "
+            "promote it, or roll it back, by hand"
+        )
+    return ""
 
 
 def _why_not(model: _Model) -> str:
@@ -942,8 +1027,8 @@ class Alone:
 
     @property
     def busy(self) -> bool:
-        """A version is being loaded, which nothing can interrupt."""
-        return self._busy or not self._work.empty()
+        """A thread is at what nothing can interrupt, such as loading a version."""
+        return self._busy or not self._work.empty() or self._repository.busy
 
     def load(
         self,
@@ -1004,8 +1089,8 @@ class Alone:
 
 
 def leave(status: int, busy: bool) -> None:
-    """Ends the process at once where a version is still being loaded, which nothing can interrupt:
-    Python's own end would find that thread in ONNX Runtime, and abort.
+    """Ends the process at once where a thread is still at what nothing can interrupt: Python's own end
+    would find it in ONNX Runtime, and abort.
     """
     if busy:
         logging.shutdown()

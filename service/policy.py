@@ -6,7 +6,7 @@ of it. Whoever serves the folder (a server, or several that share it) does what 
     [labels]               # names that requests may use for versions
     stable = 3             # answers requests that name no version; without, the newest that is served
     canary = 5             # gets a share of these
-    [canary]               # has new versions begin as candidates, see `Canary`
+    [canary]               # has new versions begin as candidates, see `canary.Canary`
     share = 0.1
 """
 
@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from service.canary import Canary
 from service.errors import ConvoyError
 
 FILE = "versions.toml"
@@ -30,27 +31,6 @@ STABLE, CANARY = "stable", "canary"
 _LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 Number = Annotated[int, msgspec.Meta(ge=1, lt=10**18)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-
-
-class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How a new version shows that it is as good as the one that serves.
-
-    `share` of the requests go to it, or (mode `shadow`) a copy of them, whose answers are only
-    compared. After so many requests within all bounds it is promoted; once one is broken, by a
-    sequential test with false-alarm rate `alpha`, it is rolled back.
-    """
-
-    share: Share = 0.1
-    mode: Literal["canary", "shadow"] = "canary"
-    after: Annotated[int, msgspec.Meta(ge=1)] = 1000
-    # Share of requests that fail, beyond that of the stable version.
-    max_error: Share = 0.01
-    # Of the mean times.
-    max_latency_ratio: Annotated[float, msgspec.Meta(gt=0)] = 1.5
-    # Share of images to which both give different labels (mode `shadow`).
-    max_disagreement: Share = 0.1
-    alpha: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.01
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

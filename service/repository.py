@@ -3,10 +3,8 @@ get through them.
 """
 
 import ctypes
-import hashlib
 import logging
 import math
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +21,7 @@ from service import bundle as bundles
 from service import images
 from service.batcher import Answer, Batch, Batcher, BatchTimes
 from service.bundle import Bundle, Probabilities
+from service.canary import Canary, position
 from service.channel import RemoteBatcher
 from service.cpu import Budget
 from service.device import Card
@@ -42,6 +41,7 @@ from service.metrics import Metrics
 from service.model import Model
 from service.settings import Settings
 from service.task import Done, Wait
+from service.trial import Trials, Version
 
 _DECODE_JOBS = 32
 
@@ -347,13 +347,15 @@ def runs_here(
     budget: Budget,
     metrics: Metrics,
     on_bug: Callable[[BaseException], None],
+    trials: Trials | None = None,
 ) -> Make:
     """What makes a batcher with a model in this process, which has proved itself and knows how long
-    its batches take.
+    its batches take. `trials` get to see the batches.
     """
+    trials = trials or Trials(settings, metrics)
 
     def make(bundle: Bundle, variant: str = "", gently: bool = False) -> Made:
-        name, size = bundle.name, bundle.manifest.max_batch_size
+        name, version, size = bundle.name, bundle.version, bundle.manifest.max_batch_size
         wanted = variant or settings.variant
         model = Model.load(
             bundle,
@@ -376,6 +378,7 @@ def runs_here(
 
         def record(batch: Batch) -> None:
             metrics.batch(name, batch.rows, batch.run_s, batch.failed, batch.late_rows)
+            trials.ran(name, version, batch)
 
         batcher = Batcher(
             model.run,
@@ -387,6 +390,7 @@ def runs_here(
             buffer=model.buffer,
             lanes=model.lanes,
             on_batch=record,
+            on_rows=lambda rows: trials.offer(name, version, rows),
             on_bug=on_bug,
             name=f"batcher {name}/{bundle.version}",
         )
@@ -408,7 +412,8 @@ class Loaded(NamedTuple):
 
 class Route(NamedTuple):
     """Which version answers requests that name none: `stable`, 0 for none; but a `share` of them
-    `candidate`, or with `shadow` a copy of these. `labels` are names for versions.
+    `candidate`. It is compared with the stable one as `canary` says; with `shadow`, only that.
+    `labels` are names for versions.
     """
 
     stable: int = 0
@@ -416,6 +421,7 @@ class Route(NamedTuple):
     share: float = 0.0
     shadow: bool = False
     labels: tuple[tuple[str, int], ...] = ()
+    canary: Canary | None = None
 
 
 class VersionState(NamedTuple):
@@ -450,6 +456,9 @@ STANDBY = "standby"  # was replaced, and is kept warm for a way back
 DRAINING = "draining"  # finishes the requests that it has
 BROKEN = "broken"  # refused
 
+# Of a model none of whose versions is asked for.
+UNLOADED = "unloaded: its versions.toml asks for none"
+
 
 class Entry(NamedTuple):
     """A model: the version that answers those who name none, or why nothing does, or why a newer one
@@ -479,7 +488,7 @@ _NOTHING = _Model(Route(), {}, {}, None, None, 0.0)
 
 def _model(route: Route, versions: Mapping[int, Served]) -> _Model:
     candidate = versions.get(route.candidate)
-    split = route.share if candidate and not route.shadow else 0.0
+    split = route.share if candidate else 0.0
     return _Model(route, versions, dict(route.labels), versions.get(route.stable), candidate, split)
 
 
@@ -489,12 +498,20 @@ class Repository:
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, budget: Budget, metrics: Metrics, make: Make
+        self,
+        folder: Path,
+        settings: Settings,
+        budget: Budget,
+        metrics: Metrics,
+        make: Make,
+        trials: Trials | None = None,
     ) -> None:
+        """`trials`: where the batches run in this process."""
         self.folder = folder
         # Called for whatever is answered: see `Served.answered`.
         self.observers: list[Observer] = []
         self._settings, self._metrics, self._make = settings, metrics, make
+        self._trials = trials
         self._decoders = ThreadPoolExecutor(budget.decode_threads, thread_name_prefix="decode")
         self._models: dict[str, _Model] = {}
         self._states: dict[str, ModelState] = {}
@@ -561,10 +578,7 @@ class Repository:
                 served.close()
                 raise BrokenVersion(str(error)) from error
             model = self._models.get(name, _NOTHING)
-            self._models = {
-                **self._models,
-                name: _model(model.route, {**model.versions, version: served}),
-            }
+            self._set(name, model.route, {**model.versions, version: served})
         self._metrics.serving(name, version, bundle.sha256, made.device, made.variant)
         self._metrics.fallback(name, bool(made.fallback))
         self._changed()
@@ -573,8 +587,7 @@ class Repository:
     def route(self, name: str, route: Route) -> None:
         """From now on requests for the model go there."""
         with self._changing:
-            model = self._models.get(name, _NOTHING)
-            self._models = {**self._models, name: _model(route, model.versions)}
+            self._set(name, route, self._models.get(name, _NOTHING).versions)
         if served := self._models[name].stable:
             self._metrics.fallback(name, bool(served.fallback))
         self._changed()
@@ -589,7 +602,7 @@ class Repository:
             if served is None:
                 return
             left = {number: each for number, each in model.versions.items() if number != version}
-            self._models = {**self._models, name: _model(model.route, left)}
+            self._set(name, model.route, left)
         self._changed()
         served.drain()
         self._stop(served)
@@ -599,6 +612,17 @@ class Repository:
         )
         del served
         _trim()
+
+    def _set(self, name: str, route: Route, versions: Mapping[int, Served]) -> None:
+        """The lock is held."""
+        model = _model(route, versions)
+        self._models = {**self._models, name: model}
+        if self._trials:
+            arms = [
+                Version(served.bundle, served.variant, served.device) if served else None
+                for served in (model.stable, model.candidate)
+            ]
+            self._trials.set(name, arms[0], arms[1], route.canary or Canary())
 
     def show(self, states: Sequence[ModelState]) -> None:
         """What is known of all models, for those who ask."""
@@ -621,10 +645,12 @@ class Repository:
             name, model = self._find(name)
         if version:
             return self._named(name, model, version)
-        if model.candidate and model.split > _position(model, key):
-            return model.candidate
+        if model.candidate and model.split:
+            known = key() if key else None
+            if position(known, f"{name}/{model.route.candidate}") < model.split:
+                return model.candidate
         if model.stable is None:
-            raise NotReady(f"model {name!r} has no version that works; the server's log says why")
+            raise self._not_ready(name)
         return model.stable
 
     def take(
@@ -659,7 +685,7 @@ class Repository:
         if served is not None:
             return served
         if not model.versions:
-            raise NotReady(f"model {name!r} has no version that works; the server's log says why")
+            raise self._not_ready(name)
         there = ", ".join(map(str, sorted(model.versions)))
         raise UnknownModel(
             f"version {number} of model {name!r} is not served: use version {there}, or leave it out"
@@ -668,6 +694,11 @@ class Repository:
     def versions(self, name: str) -> list[int]:
         """Those of a model that are on the disk, or loaded; oldest first."""
         return [each.version for each in self._states.get(name, ModelState(name)).versions]
+
+    def _not_ready(self, name: str) -> NotReady:
+        if self._states.get(name, ModelState(name)).reason == UNLOADED:
+            return NotReady(f"model {name!r} is {UNLOADED}")
+        return NotReady(f"model {name!r} has no version that works; the server's log says why")
 
     def check(self, deadline: float | None) -> None:
         """Raises Overloaded where no model can take on a single image more by then."""
@@ -705,8 +736,15 @@ class Repository:
             entries.append(Entry(name, model.stable, reason, model.route, state))
         return entries
 
+    @property
+    def busy(self) -> bool:
+        """A thread is at what can't be interrupted, though it was told to end."""
+        return self._trials is not None and self._trials.busy
+
     def close(self) -> None:
         """Finishes what waits, in every version."""
+        if self._trials:
+            self._trials.close()
         for model in self._models.values():
             for served in model.versions.values():
                 served.close()
@@ -721,17 +759,6 @@ def _loaded(served: Served, digest: str) -> Loaded:
     if digest not in ("", bundle.digest):
         raise BrokenVersion(_CHANGED.format(bundle.folder))
     return Loaded(served.device, served.variant, served.fallback, bundle.digest)
-
-
-def _position(model: _Model, key: Callable[[], str | None] | None) -> float:
-    """Where a request stands between 0 and 1: those of one key always at the same place, which is
-    another for each candidate, or the same callers would try out all of them.
-    """
-    known = key() if key and model.split else None
-    if known is None:
-        return random.random()
-    salted = f"{model.route.candidate} {known}".encode(errors="replace")
-    return int.from_bytes(hashlib.blake2b(salted, digest_size=8).digest()) / 2**64
 
 
 def _ignore(_: object = None) -> None:

@@ -24,6 +24,7 @@ from service.life import Alone, Director, leave
 from service.metrics import Metrics, Snapshot, merge
 from service.repository import Repository, runs_here
 from service.settings import Settings, default_models
+from service.trial import Trials
 from service.workers import Supervisor, log_to_stderr
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def _serve(settings: Settings, store: "Store | None" = None) -> int:
     watch = Watch(settings.drift_window, settings.drift_psi)
 
     def snapshot() -> Snapshot:
-        return watch.shown(merge([server.snapshot(), *([store.metrics.snapshot()] if store else [])]))
+        return watch.shown(
+            merge([server.snapshot(), *([store.metrics.snapshot()] if store else [])])
+        )
 
     registry = metrics.registry(snapshot)
     http = _serve_http(settings.host, settings.metrics_port, registry, server.ready)
@@ -102,8 +105,9 @@ class _Alone:
         log.info("%s", budget)
         self._metrics.budget(budget)
         folder = Path(settings.models or default_models())
-        make = runs_here(settings, budget, self._metrics, self._on_bug)
-        repository = Repository(folder, settings, budget, self._metrics, make)
+        trials = Trials(settings, self._metrics)
+        make = runs_here(settings, budget, self._metrics, self._on_bug, trials)
+        repository = Repository(folder, settings, budget, self._metrics, make, trials)
         crew = Alone(repository)
         director = Director(
             folder,
@@ -111,6 +115,7 @@ class _Alone:
             self._metrics,
             watch_s=settings.watch_s,
             rollback_window_s=settings.rollback_window_s,
+            snapshot=self._metrics.snapshot,
         )
         self._director = director
         told = False

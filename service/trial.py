@@ -212,6 +212,8 @@ class Trials:
             self._ending = [*(each for each in self._ending if each.busy), running.trial]
         if stable is None or candidate is None:
             return
+        if stable.bundle.manifest.pixels.shape != candidate.bundle.manifest.pixels.shape:
+            return  # what one takes is not what the other would get
         one, other = stable.bundle.version, candidate.bundle.version
         trial = Trial(
             f"{name}/{other}",

@@ -50,6 +50,7 @@ from service.repository import (
     runs_here,
 )
 from service.settings import Settings, default_models
+from service.trial import Trials
 
 log = logging.getLogger("convoy.workers")
 
@@ -154,6 +155,7 @@ class _Worker:
     def __init__(self, orders: Orders, pipe: Connection) -> None:
         self._orders, self._pipe = orders, pipe
         self._metrics = Metrics()
+        self._trials = Trials(orders.settings, self._metrics)
         self._sending = threading.Lock()
         self.bug: BaseException | None = None
         self._stop: Callable[[float], None] = lambda delay_s: os._exit(0)
@@ -169,7 +171,8 @@ class _Worker:
         """Begins to load what is decided already, and to listen to the supervisor."""
         orders = self._orders
         folder = Path(orders.settings.models or default_models())
-        repository = Repository(folder, orders.settings, orders.budget, self._metrics, make)
+        trials = None if self._engines else self._trials
+        repository = Repository(folder, orders.settings, orders.budget, self._metrics, make, trials)
         return repository, Alone(repository)
 
     def _join(self, crew: Alone) -> None:
@@ -252,7 +255,7 @@ class _Worker:
 
     def _runs_here(self) -> Make:
         orders = self._orders
-        return runs_here(orders.settings, orders.budget, self._metrics, self._on_bug)
+        return runs_here(orders.settings, orders.budget, self._metrics, self._on_bug, self._trials)
 
     def engine(self) -> None:
         repository, crew = self._begin(self._runs_here())
@@ -356,7 +359,7 @@ class _Loading:
 
 
 class _Routing:
-    """A route on its way to the acceptors."""
+    """A route on its way to the workers."""
 
     def __init__(self, done: Callable[[], None]) -> None:
         self.done = done
@@ -437,6 +440,7 @@ class Supervisor:
             self._metrics,
             watch_s=settings.watch_s,
             rollback_window_s=settings.rollback_window_s,
+            snapshot=self.snapshot,
         )
 
     def run(self, on_ready: Callable[[str, int], None]) -> int:
@@ -678,7 +682,7 @@ class Supervisor:
             number = next(self._numbers)
             self._routing[number] = _Routing(done)
             for member in self._members:
-                if not member.engine and self._say(member, "route", (number, name, route)):
+                if self._say(member, "route", (number, name, route)):
                     self._routing[number].waiting.add(member)
             self._was_routed(None, number)
 
