@@ -16,7 +16,17 @@ from cyclopts import App, Parameter, Token, config
 
 from convoy.bench.settings import BenchSettings
 from service.errors import ConvoyError
-from service.settings import IMAGE_SUFFIXES, Labels, Positive, Settings, Version, default_models
+from service.settings import (
+    IMAGE_SUFFIXES,
+    Count,
+    FolderOrUrl,
+    Labels,
+    ModelsFolder,
+    Positive,
+    Settings,
+    Version,
+    default_models,
+)
 from training.settings import RECIPES, AddSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -280,7 +290,7 @@ class Whose:
     server: str = ""
     """HOST:PORT of a running server: it is asked, and told."""
 
-    models: Path | None = None
+    models: FolderOrUrl | None = None
     """Folder of models: it is read, and orders are written to it, which a server that serves it
     follows. Default: ./models if there is one, else the models that come with Convoy."""
 
@@ -399,7 +409,13 @@ def _models(whose: Whose) -> "Folder | Server":
     from convoy.models import Folder, Server
 
     if not whose.server:
-        return Folder(whose.models or default_models())
+        folder = whose.models or default_models()
+        if isinstance(folder, str):
+            raise ConvoyError(
+                f"--models {folder}: of an object store ask the server that serves it (--server), or "
+                "write what it is to serve into versions.toml there (docs/object-store.md)"
+            )
+        return Folder(folder)
     if whose.models:
         raise ConvoyError(f"--server {whose.server} and --models {whose.models}: give one of them")
     return Server(whose.server, whose.timeout_s, _credentials(whose.tls_ca))
@@ -431,6 +447,50 @@ def add(
     from training.add import add as run
 
     print(f"published {run(name, file, settings).folder}")
+
+
+@models_app.command
+def push(folder: Path, url: str, /) -> None:
+    """Put a version into an object store, as the next one of its model, from where servers take it.
+
+    One that the store has already is not put there again.
+
+    Parameters
+    ----------
+    folder
+        Folder of the version, models/<name>/<version>; of a model, its newest.
+    url
+        s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
+    """
+    _require("obstore", "object-store", "pushing to an object store")
+    from service import bundle as bundles
+    from service.store import push as run
+
+    versions = bundles.versions(folder)
+    there = folder / str(versions[-1]) if versions else folder
+    version, new = run(there, url)
+    print(f"{there} is{'' if new else ' already'} version {version} in {url}")
+
+
+@models_app.command
+def pull(url: str, folder: Path = Path("models"), /, *, newest: Count = 1) -> None:
+    """Bring the newest versions of each model in an object store into a folder, to look at or to train
+    on. Nothing in it is replaced or removed.
+
+    Parameters
+    ----------
+    url
+        s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
+    folder
+        Folder of models.
+    newest
+        How many versions of each model.
+    """
+    _require("obstore", "object-store", "pulling from an object store")
+    from service.store import pull as run
+
+    for version in run(url, folder, newest):
+        print(version)
 
 
 @app.command
@@ -502,7 +562,7 @@ def _require(module: str, extra: str, what: str) -> None:
 def evaluate(
     *,
     data: str = "digits",
-    models: Path | None = None,
+    models: ModelsFolder | None = None,
     name: str = "",
     version: Version = 0,
     variant: Literal["fp32", "int8", "fp16"] = "fp32",

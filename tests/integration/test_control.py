@@ -142,7 +142,8 @@ def test_what_an_operator_orders_is_done_and_written_down(
     assert models(controlled, "unload", "digits")["state"] == "unavailable"
     assert set(states(calls).values()) == {"UNAVAILABLE"}
     request = classifier_pb2.ClassifyRequest(images=[raw(solid("black"))])
-    assert refused(classifier_on(calls).Classify, request)[0] == "UNAVAILABLE"
+    code, words = refused(classifier_on(calls).Classify, request)
+    assert (code, "is unloaded" in words) == ("UNAVAILABLE", True)
     # What was rolled back is not the newest to it, until the operator says so.
     assert models(controlled, "load", "digits")["version"] == 1
     model = models(controlled, "pin", "digits")
@@ -165,9 +166,11 @@ def test_an_edit_of_the_folder_is_an_order_too(
 @pytest.mark.parametrize("named", [b"\x12\x06digits", b"\x0a\x06digits"], ids=["triton", "kserve"])
 def test_load_and_unload_understand_triton_and_kserve(calls: grpc.Channel, named: bytes) -> None:
     path = "/inference.GRPCInferenceService/RepositoryModel"
-    unloaded = calls.unary_unary(f"{path}Unload")(named, timeout=TIMEOUT_S)
+    unload: Any = calls.unary_unary(f"{path}Unload")
+    load: Any = calls.unary_unary(f"{path}Load")
+    unloaded = unload(named, timeout=TIMEOUT_S)
     assert set(states(calls).values()) == {"UNAVAILABLE"}
-    loaded = calls.unary_unary(f"{path}Load")(named, timeout=TIMEOUT_S)
+    loaded = load(named, timeout=TIMEOUT_S)
     assert states(calls)["2"] == "READY"
     # KServe's answer: the name in field 1, `true` in field 2. Triton's is empty, and skips both.
     assert {unloaded, loaded} == {b"\x0a\x06digits\x10\x01"}
@@ -198,9 +201,9 @@ def test_load_takes_no_files_and_no_configuration(calls: grpc.Channel) -> None:
     both = pb.RepositoryModelLoadRequest(repository_name="mine", model_name="digits")
     assert refused(load, both)[0] == "UNIMPLEMENTED"
     assert refused(load, pb.RepositoryModelLoadRequest(model_name="nobody's"))[0] == "NOT_FOUND"
-    request = pb.RepositoryModelUnloadRequest(model_name="nobody's")
-    request.parameters["unload_dependents"].bool_param = True
-    assert refused(unload, request)[0] == "NOT_FOUND"
+    unloading = pb.RepositoryModelUnloadRequest(model_name="nobody's")
+    unloading.parameters["unload_dependents"].bool_param = True
+    assert refused(unload, unloading)[0] == "NOT_FOUND"
     assert states(calls)["2"] == "READY"
 
 
