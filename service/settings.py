@@ -43,9 +43,18 @@ def _folder_or_url(_: object, tokens: Sequence[Token]) -> Path | str:
     return text.rstrip("/")
 
 
+def _no_url(_: object, folder: Path) -> None:
+    if str(folder).partition(":/")[0] in URL_SCHEMES:
+        raise ValueError(
+            "of an object store only `convoy serve` takes the URL; here, a folder: see `convoy models "
+            "pull` and `push`"
+        )
+
+
 # A `str` is the URL of a place in an object store.
 URL_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 FolderOrUrl = Annotated[Path | str, Parameter(converter=_folder_or_url)]
+ModelsFolder = Annotated[Path, Parameter(validator=_no_url)]
 
 
 @dataclass(frozen=True)

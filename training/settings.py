@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from service.settings import Count, CountOrAuto, Positive
+from service.settings import Count, CountOrAuto, ModelsFolder, Positive
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -35,7 +35,7 @@ class TrainingSettings:
     holds `train` and `test`, these are the splits), or a list: a .csv or .parquet file with the columns
     path and label, and split if it is given."""
 
-    models: Path = Path("models")
+    models: ModelsFolder = Path("models")
     """Folder of models to publish into."""
 
     name: str = ""
@@ -250,7 +250,7 @@ class AddSettings:
     labels: Path | None = None
     """Text file with a class a line, in the order of the outputs. Default: class 0, class 1, ..."""
 
-    models: Path = Path("models")
+    models: ModelsFolder = Path("models")
     """Folder of models to add to."""
 
     scale: tuple[float, ...] = ()
