@@ -1,7 +1,7 @@
 """The feedback store: some of what was asked, and all that was answered unsurely, kept in Parquet
 files to be labelled and trained on (docs/feedback.md).
 
-A request is never slower or worse for it: rows are noted on the loop's thread, and a thread writes
+No request waits or fails for it: rows are noted on the loop's thread, and a thread writes
 them as well as it can. What it can't keep up with is left out, and counted.
 """
 
