@@ -76,6 +76,9 @@ class ObjectStore:
             region=_REGION,
         )
 
+    def put(self, path: str, data: bytes) -> None:
+        self.inside.put(path, data)
+
     def variables(self) -> dict[str, str]:
         """What the environment must hold to get there."""
         return {

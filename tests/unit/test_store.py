@@ -838,6 +838,28 @@ def test_the_thread_goes_on_from_the_cache_and_notices_that_the_store_is_back(
     store.close()
 
 
+def test_a_start_does_not_wait_long_for_a_store_that_is_silent(
+    tmp_path: Path, bucket: Bucket, made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+    bucket.on_list = lambda: wait_until(go_on)
+    shutil.copytree(made, tmp_path / "cache")
+    seconds = itertools.count(0.0, 4.0)
+    store = Store(
+        URL,
+        tmp_path / "cache",
+        Metrics(),
+        watch_s=0.01,
+        newest=3,
+        source=bucket,
+        clock=lambda: next(seconds),
+    )
+    store.start()
+    assert "has not answered in 10 s: going on with what is in" in caplog.text
+    go_on.set()
+    store.close()
+
+
 def test_of_two_processes_on_one_cache_one_keeps_it_up_to_date(
     mirrored: Callable[..., Mirror], mirror: Mirror, bucket: Bucket, made: Path
 ) -> None:
