@@ -334,6 +334,25 @@ def test_two_hundred_windows_without_drift_alarm_within_the_stated_rate(
     assert 0.035 < np.mean(np.array(p) < 0.05) < 0.065
 
 
+def test_what_few_images_differ_by_is_no_alarm() -> None:
+    """Of 80 images in a profile and 80 in a window, chance alone makes large figures."""
+    draw = np.random.default_rng(0)
+    large = alarmed = 0
+    for _ in range(200):
+        pixels, given, unsure = drawn(draw, 80)
+        made = profile.make(pixels, given, unsure, [8] * len(pixels))
+        manifest = dataclasses.replace(
+            MANIFEST, labels=list("abcd"), training={"profile": dataclasses.asdict(made)}
+        )
+        service, watch = Service(), Watch(80, ALARM)
+        service.answer_each(Version(manifest), *drawn(draw, 80))
+        figures = figures_of(watch, service)
+        large += any(value >= ALARM for _, value in figures["drift_psi"])
+        alarmed += any(value for _, value in figures["drift_alarm"])
+    assert large >= 10
+    assert alarmed <= 2
+
+
 def test_held_out_digits_alarm_against_held_out_digits_within_the_stated_rate(
     digits: Digits,
 ) -> None:
