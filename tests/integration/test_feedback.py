@@ -105,9 +105,8 @@ def test_workers_keep_what_they_are_asked_in_one_folder(
 ) -> None:
     feedback = tmp_path / "feedback"
     flags = "--feedback", feedback, "--feedback-share", "1", "--feedback-rotate-s", "0.1"
-    crew = "--acceptors", "2", "--engines", "1"
     shown = noise(7, 64, (4, 4, 3))
-    with Server(*flags, *crew, models=unsure_models) as server:
+    with Server(*flags, "--acceptors", "2", models=unsure_models) as server:
         server.ready()
         # Each time another connection, so that both acceptors get some.
         for start in range(0, 64, 4):
