@@ -1,0 +1,261 @@
+"""How a candidate is compared: with plain functions in the place of models, and a clock that they move."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service import bundle as bundles
+from service.batcher import Batch
+from service.bundle import Golden, Probabilities
+from service.canary import Canary, Counts
+from service.errors import BrokenVersion, InferenceFailed
+from service.images import Pixels, Target
+from service.metrics import Metrics, canary_counts
+from service.model import Model
+from service.settings import Settings
+from service.trial import Arm, Pair, Trial, Trials, Version
+from tests.unit import graphs
+from tests.unit.versions import MANIFEST
+
+TIMEOUT_S = 30.0
+LABELS = ["a", "b", "c"]
+EVERYTHING = Canary(compare=1.0)
+
+
+class Bench:
+    """A trial of two functions, and what it has recorded. Each run takes as long as is said."""
+
+    def __init__(
+        self,
+        stable: Callable[[Pixels], Probabilities],
+        candidate: Callable[[Pixels], Probabilities],
+        seconds: tuple[float, float] = (0.01, 0.01),
+        canary: Canary = EVERYTHING,
+    ) -> None:
+        self.now, self.ran, self.freed = 0.0, list[str](), threading.Event()
+        self.recorded: list[tuple[Counts, float]] = []
+        self.changed = threading.Condition()
+        arms = [
+            Arm(self._timed(name, run, each), LABELS)
+            for name, run, each in zip(
+                ("stable", "candidate"), (stable, candidate), seconds, strict=True
+            )
+        ]
+        pair = Pair(arms[0], arms[1], lambda: self.now, self.freed.set)
+        self.trial = Trial("m/2", canary, lambda: pair, self._record)
+
+    def _timed(
+        self, name: str, run: Callable[[Pixels], Probabilities], seconds: float
+    ) -> Callable[[Pixels], Probabilities]:
+        def timed(rows: Pixels) -> Probabilities:
+            self.ran.append(name)
+            self.now += seconds * len(rows)
+            return run(rows)
+
+        return timed
+
+    def _record(self, counts: Counts, difference: float) -> None:
+        with self.changed:
+            self.recorded.append((counts, difference))
+            self.changed.notify_all()
+
+    def wait_until_wanted(self) -> None:
+        ends = time.monotonic() + TIMEOUT_S
+        while not self.trial.wanted:
+            assert time.monotonic() < ends
+            time.sleep(0.001)
+
+    def offer(self, rows: Pixels) -> Counts:
+        """Offers when one is wanted, and waits for what comes of it."""
+        self.wait_until_wanted()
+        before = len(self.recorded)
+        self.trial.offer(rows)
+        return self.wait(before)
+
+    def wait(self, before: int = 0) -> Counts:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.recorded) > before, TIMEOUT_S)
+            return self.recorded[-1][0]
+
+    def close(self) -> None:
+        self.trial.close()
+        self.trial.join(TIMEOUT_S)
+        assert not self.trial.busy
+        assert self.freed.is_set()
+
+
+def images(*firsts: int) -> Pixels:
+    """Which class is answered to each."""
+    pixels = np.zeros((len(firsts), 2, 2, 1), np.uint8)
+    pixels[:, 0, 0, 0] = firsts
+    return pixels
+
+
+def right(rows: Pixels) -> Probabilities:
+    answers = np.full((len(rows), 3), 0.1, np.float32)
+    answers[np.arange(len(rows)), rows[:, 0, 0, 0]] = 0.8
+    return answers
+
+
+def test_a_batch_is_copied_run_on_both_and_counted() -> None:
+    bench = Bench(right, right, (1 / 128, 1.25 / 128))
+    rows = images(0)
+    bench.wait_until_wanted()
+    bench.trial.offer(rows)
+    rows[:] = 7  # the batcher uses it again
+    counts = bench.wait()
+    assert bench.recorded[0][1] == 0
+    assert counts._replace(stable_confidence=0, candidate_confidence=0) == Counts(
+        compared=1, images=1, slower=1, stable_s=1 / 128, candidate_s=1.25 / 128
+    )  # fmt: skip
+    bench.close()
+
+
+def test_who_comes_first_is_chance() -> None:
+    bench = Bench(right, right)
+    for _ in range(60):
+        bench.offer(images(1))
+    firsts = bench.ran[::2]
+    assert 10 < firsts.count("stable") < 50
+    bench.close()
+
+
+def test_short_runs_are_repeated_and_the_shortest_count() -> None:
+    bench = Bench(right, right, (0.0001, 0.0001))
+    assert bench.offer(images(0)).stable_s == pytest.approx(0.0001)
+    assert len(bench.ran) == 8
+    bench.close()
+
+
+def test_rows_are_left_out_so_that_it_takes_no_longer_than_it_should() -> None:
+    """20 ms are two rows of 4 ms on both."""
+    bench = Bench(right, right, (1 / 256, 1 / 256))
+    taken = [bench.offer(images(*[0] * 64)).images for _ in range(5)]
+    assert taken == [1, 2, 2, 2, 2]
+    bench.close()
+    fast = Bench(right, right, (0.00001, 0.00001))
+    assert [fast.offer(images(*[0] * 64)).images for _ in range(8)] == [1, 2, 4, 8, 16, 32, 64, 64]
+    fast.close()
+
+
+def test_where_a_run_fails_it_is_known_for_which_images() -> None:
+    def fails(rows: Pixels) -> Probabilities:
+        if (rows[:, 0, 0, 0] == 2).any():
+            raise InferenceFailed("no such class")
+        return right(rows)
+
+    bench = Bench(right, fails, (0.0001, 0.0001))
+    bench.offer(images(0))  # so that more rows are taken
+    bench.offer(images(0, 1))
+    counts = bench.offer(images(0, 2, 1, 2))
+    assert (counts.failed, counts.disagreed, counts.images) == (0.5, 0, 4)
+    # A run that has failed says nothing of how long one takes.
+    assert (counts.stable_s, counts.candidate_s, counts.slower) == (0, 0, 0)
+    bench.close()
+
+
+def test_it_rests_as_long_as_it_may_not_work() -> None:
+    """On a clock that stands still where nothing is run, a rest of 9 x 20 ms is waited for."""
+    bench = Bench(right, right, (0.01, 0.01), Canary(compare=0.1))
+    bench.offer(images(0))
+    assert not bench.trial.wanted
+    bench.wait_until_wanted()
+    bench.close()
+
+
+def test_what_can_not_be_loaded_is_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    def load() -> Pair:
+        raise BrokenVersion("its folder is gone")
+
+    trial = Trial("m/2", EVERYTHING, load, lambda counts, difference: None)
+    trial.join(TIMEOUT_S)
+    assert not trial.busy
+    assert not trial.wanted
+    assert "m/2 can't be compared: its folder is gone" in caplog.text
+    trial.close()
+
+
+def version(folder: Path, height: int = 4) -> Version:
+    onnx = graphs.classifier((height, 5, 3), classes=2)
+    pixels = np.zeros((1, height, 5, 3), np.uint8)
+    golden = Golden(pixels, Model(onnx).run(pixels))
+    manifest = replace(MANIFEST, pixels=Target(height, 5, 3, "crop"))
+    return Version(bundles.write(folder, manifest, onnx, golden), "fp32", "cpu")
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> tuple[Version, Version]:
+    return version(tmp_path / "m"), version(tmp_path / "m")
+
+
+def test_two_real_versions_are_compared(versions: tuple[Version, Version]) -> None:
+    stable, candidate = versions
+    metrics = Metrics()
+    trials = Trials(Settings(), metrics)
+    trials.set("m", stable, candidate, EVERYTHING)
+    shape = stable.bundle.manifest.pixels.shape
+    rows = np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
+
+    def counted() -> Counts:
+        return canary_counts(metrics.snapshot(), "m", 1, 2)
+
+    ends = time.monotonic() + TIMEOUT_S
+    while (found := counted()).compared < 5:
+        assert time.monotonic() < ends
+        trials.offer("m", 1, rows)
+        time.sleep(0.001)
+    assert (found.failed, found.disagreed) == (0, 0)
+    assert found.stable_confidence == found.candidate_confidence > 0
+    assert found.stable_s > 0
+    trials.close()
+    assert not trials.busy
+
+
+def test_batches_count_for_the_version_that_ran_them(versions: tuple[Version, Version]) -> None:
+    stable, candidate = versions
+    metrics = Metrics()
+    trials = Trials(Settings(), metrics)
+    batch = Batch(rows=4, requests=3, run_s=0.1, failed=False, failed_rows=1, late_rows=0)
+    trials.ran("m", 1, batch)  # nobody is on trial yet
+    trials.set("m", stable, candidate, EVERYTHING)
+    trials.ran("m", 1, batch)
+    trials.ran("m", 2, batch)
+    trials.ran("m", 3, batch)  # asked for by its number
+    # What has failed as a whole is run again, row by row.
+    trials.ran("m", 2, batch._replace(failed=True, failed_rows=0))
+    trials.ran("m", 2, batch._replace(rows=1, requests=1, failed=True, failed_rows=1))
+    trials.set("m", stable, None, EVERYTHING)
+    trials.ran("m", 2, batch)
+    assert canary_counts(metrics.snapshot(), "m", 1, 2) == Counts(
+        stable_batches=1, stable_failed=0.25, candidate_batches=2, candidate_failed=1.25,
+        candidate_requests=4,
+    )  # fmt: skip
+    trials.close()
+
+
+def test_the_same_trial_goes_on(versions: tuple[Version, Version]) -> None:
+    """Whenever something is loaded or routed, it is told which versions there are."""
+    stable, candidate = versions
+    trials = Trials(Settings(), Metrics())
+    trials.set("m", stable, candidate, EVERYTHING)
+    running = trials._running["m"]
+    trials.set("m", stable, candidate, Canary(compare=1.0))
+    assert trials._running["m"] is running
+    trials.set("m", stable, candidate, Canary(compare=1.0, after=5))
+    assert trials._running["m"] is not running
+    trials.close()
+
+
+def test_what_takes_other_images_is_not_compared(
+    versions: tuple[Version, Version], tmp_path: Path
+) -> None:
+    stable, _ = versions
+    trials = Trials(Settings(), Metrics())
+    trials.set("m", stable, version(tmp_path / "m", height=6), EVERYTHING)
+    assert not trials._running
+    trials.close()
