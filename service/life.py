@@ -17,7 +17,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import NamedTuple, Protocol
 from service import bundle as bundles
 from service import policy as policies
 from service.bundle import Manifest
-from service.canary import Canary, Counts, judge
+from service.canary import Canary, Counts, Decision, judge
 from service.errors import (
     BrokenVersion,
     ConvoyError,
@@ -105,7 +106,7 @@ _Stamp = tuple[tuple[str, int, int, int, int], ...]
 class _Version:
     number: int
     on_disk: bool = True
-    stamp: _Stamp = ()
+    stamp: _Stamp | None = None  # before it was looked into
     changed_at: float = -math.inf
     manifest: Manifest | None = None
     digest: str = ""
@@ -113,8 +114,8 @@ class _Version:
     reason: str = ""
     # What the crew has; also while it is broken in some of the processes, and while it drains.
     held: Loaded | None = None
-    # The stamp with which it was last tried to load; where that failed for a reason that may pass,
-    # when to try again, and how long to wait the time after.
+    # The stamp with which it was last loaded; where that failed for a reason that may pass, when to
+    # try again, and how long to wait the time after.
     tried: _Stamp | None = None
     retry_at: float = math.inf
     retry_s: float = _RETRY_S
@@ -150,8 +151,9 @@ class _Model:
     # The stable version before this one, if any.
     previous: int = 0
     # Wanted by an order, whatever the policy says.
-    ordered: set[int] = field(default_factory=set)
+    ordered: list[int] = field(default_factory=list)
     trial: _Trial | None = None
+    decision: Decision | None = None  # the last one on the trial
 
 
 class _Look(NamedTuple):
@@ -219,7 +221,9 @@ class Director:
             self._decide()
             if self._heard:  # from a crew that does things at once
                 return 0.0
-            on_trial = any(model.route.candidate or model.trial for model in self._models.values())
+            on_trial = self._snapshot is not None and any(
+                model.route.candidate or model.trial for model in self._models.values()
+            )
             if not on_trial:
                 self._judge_at = math.inf
             elif self._judge_at == math.inf:
@@ -354,9 +358,9 @@ class Director:
             number = version or model.route.candidate
             if not number:
                 raise NotPossible(f"model {name!r} has no candidate: say which version to promote")
-            self._bring_up(model, number)
-            log.info("%s/%d is promoted: %s", name, number, reason)
-            self._change(model, lambda policy: policies.promoted(policy, number))
+            with self._up(model, number):
+                log.info("%s/%d is promoted: %s", name, number, reason)
+                self._change(model, lambda policy: policies.promoted(policy, number))
 
     def rollback(self, name: str, reason: str = "by order") -> None:
         """Goes back: from a candidate to the stable version, else to the version before it, which then
@@ -369,12 +373,14 @@ class Director:
                 self.reject(name, route.candidate, reason)
                 return
             before = self._before(model)
-            self._bring_up(model, before)
-            log.info("%s goes back from %d to %d: %s", name, route.stable, before, reason)
-            self._change(
-                model,
-                lambda policy: policies.promoted(policies.rejected(policy, route.stable), before),
-            )
+            with self._up(model, before):
+                log.info("%s goes back from %d to %d: %s", name, route.stable, before, reason)
+                self._change(
+                    model,
+                    lambda policy: policies.promoted(
+                        policies.rejected(policy, route.stable), before
+                    ),
+                )
 
     def reject(self, name: str, version: int, reason: str) -> None:
         """The version is no candidate any more, nor will it be again."""
@@ -391,10 +397,10 @@ class Director:
         """
         with self._changed:
             model = self._known(name)
-            for number in sorted(versions, reverse=True):
-                self._bring_up(model, number)
-            log.info("%s is pinned to %s: by order", name, ", ".join(map(str, versions)) or "none")
-            self._change(model, lambda policy: policies.pinned(policy, versions))
+            with self._up(model, *sorted(set(versions), reverse=True)):
+                pinned = ", ".join(map(str, versions)) or "none"
+                log.info("%s is pinned to %s: by order", name, pinned)
+                self._change(model, lambda policy: policies.pinned(policy, versions))
             self._wait_for(lambda: self._closing or self._settled_for(model))
 
     def load(self, name: str) -> None:
@@ -405,7 +411,7 @@ class Director:
         with self._changed:
             model = self._known(name)
             for version in model.versions.values():
-                version.tried = None
+                version.retry_at = self._clock() if version.state == BROKEN else math.inf
             self._change(model, policies.loaded)
             self._wait_for(lambda: self._closing or self._settled_for(model))
             if not model.route.stable:
@@ -435,30 +441,39 @@ class Director:
             raise UnknownModel(f"no model {name!r} here; there is: {there}")
         return self._models[name]
 
-    def _bring_up(self, model: _Model, number: int) -> None:
-        """Waits until a version can be routed to. The lock is held, but not while it waits."""
-        if number not in model.versions:
+    @contextmanager
+    def _up(self, model: _Model, *numbers: int) -> Iterator[None]:
+        """Has versions loaded, whatever the policy says, for as long as it is `with` them: they can be
+        routed to, or ConvoyError says why not. The lock is held, but not while it waits.
+        """
+        if not model.versions.keys() >= set(numbers):
             self._look_now()
-        version = model.versions.get(number)
-        if version is None:
-            there = ", ".join(map(str, sorted(model.versions))) or "none"
-            raise UnknownModel(f"no version {number} of model {model.name!r}; there is: {there}")
-        if version.serves:
-            return
-        if version.state == BROKEN:
-            version.tried = None
-            version.state = IDLE
-        model.ordered.add(number)
+        for number in numbers:
+            if number not in model.versions:
+                there = ", ".join(map(str, sorted(model.versions))) or "none"
+                raise UnknownModel(
+                    f"no version {number} of model {model.name!r}; there is: {there}"
+                )
+        model.ordered += numbers
         try:
-            self._decide()
-            self._wait_for(
-                lambda: self._closing or version.serves or version.state in (BROKEN, INCOMPLETE)
-            )
+            for number in numbers:
+                self._bring_up(model, model.versions[number])
+            yield
         finally:
-            model.ordered.discard(number)
+            for number in numbers:
+                model.ordered.remove(number)
+
+    def _bring_up(self, model: _Model, version: _Version) -> None:
+        if version.state == BROKEN:
+            version.retry_at = self._clock()
+        self._decide()
+        self._wait_for(
+            lambda: self._closing or version.serves or version.state in (BROKEN, INCOMPLETE)
+        )
         if not version.serves:
             raise NotPossible(
-                f"{model.name}/{number} can't be served: {version.reason or 'the server stops'}"
+                f"{model.name}/{version.number} can't be served: "
+                f"{version.reason or 'the server stops'}"
             )
 
     def _before(self, model: _Model) -> int:
@@ -514,7 +529,7 @@ class Director:
                 (model.name, number)
                 for model in self._models.values()
                 for number, version in model.versions.items()
-                if version.state == IDLE and version.stamp
+                if version.state == IDLE and version.stamp is not None
             }
         looks = {}
         for name in bundles.names(self.folder):
@@ -534,7 +549,7 @@ class Director:
             for number, stamp in look.versions.items():
                 version = model.versions.setdefault(number, _Version(number))
                 if not version.on_disk:
-                    version.on_disk, version.stamp = True, ()
+                    version.on_disk, version.stamp = True, None
                 if stamp is not None:
                     self._inspect(model, version, stamp, now)
         for model in list(self._models.values()):
@@ -560,6 +575,8 @@ class Director:
         folder = self.folder / model.name / str(version.number)
         if stamp == version.stamp:
             self._remind(model, version, now)
+            if version.state == BROKEN and version.tried not in (None, stamp):
+                version.state = IDLE  # it changed while it was loaded
             if version.state != INCOMPLETE or version.manifest:
                 return
             # Its manifest was there but could not be read, and nobody writes to it any more.
@@ -589,12 +606,12 @@ class Director:
             return
         missing = _missing(manifest, stamp) if manifest else reason
         if not missing:
-            if version.state == INCOMPLETE:
-                version.state, version.reason = IDLE, ""
+            if version.state in (INCOMPLETE, BROKEN):
+                version.state, version.reason, version.retry_at = IDLE, "", math.inf
             return
         if manifest is None and version.changed_at < now and _has_manifest(stamp):
             if version.state != BROKEN or version.reason != missing:
-                self._refuse(model, version, Refused(missing, passing), stamp)
+                self._refuse(model, version, Refused(missing, passing))
             return
         if version.state != INCOMPLETE:
             log.info("%s/%d is not whole yet: %s", model.name, version.number, missing)
@@ -654,6 +671,9 @@ class Director:
         if not self._closing:
             now = self._clock()
             for model in self._models.values():
+                for version in model.versions.values():
+                    if version.state == BROKEN and version.retry_at <= now and not version.held:
+                        version.state, version.tried, version.retry_at = IDLE, None, math.inf
                 self._plan(model, now)
             if self._loading is None:
                 self._load_next(now)
@@ -692,12 +712,13 @@ class Director:
                 if model.trial:
                     self._metrics.judged(model.name, 0, None)
                     self._note(model, model.trial.candidate, "")
-                model.trial = None
+                model.trial = model.decision = None
                 continue
             counts = canary_counts(counted, model.name, stable, candidate)
             if model.trial is None or model.trial[:3] != (stable, candidate, canary):
                 model.trial = _Trial(stable, candidate, canary, counts)
             decision = judge(canary, counts.since(model.trial.start))
+            model.decision = decision
             self._metrics.judged(model.name, candidate, decision)
             self._note(model, candidate, _incomparable(model) or decision.why)
             try:
@@ -826,12 +847,11 @@ class Director:
         return [number for number in dict.fromkeys(wanted) if number in model.versions]
 
     def _loadable(self, version: _Version, now: float) -> bool:
-        if version.state in (LOADING, DRAINING, READY, STANDBY, INCOMPLETE):
-            return False
-        if version.state == BROKEN and now < version.retry_at:
-            # One that has failed is not tried again while somebody is writing to it.
-            return version.tried != version.stamp and version.changed_at < now
-        return version.on_disk or version.held is not None
+        if version.state == BROKEN:
+            return now >= version.retry_at
+        # One that has failed is not tried again while somebody is writing to it.
+        settled = version.tried is None or version.changed_at < now
+        return version.state == IDLE and version.on_disk and settled
 
     def _load(self, model: _Model, version: _Version) -> None:
         self._loading = (model.name, version.number)
@@ -851,7 +871,7 @@ class Director:
         self._loading = None
         model = self._models[name]
         if isinstance(outcome, Refused):
-            self._refuse(model, version, outcome, version.tried or ())
+            self._refuse(model, version, outcome)
             return
         version.held, version.state, version.reason = outcome, READY, outcome.fallback
         version.retry_s = _RETRY_S
@@ -864,11 +884,11 @@ class Director:
         model = self._models.get(name)
         version = model and model.versions.get(number)
         if model and version and version.serves:
-            self._refuse(model, version, Refused(reason, passing=True), version.stamp)
+            self._refuse(model, version, Refused(reason, passing=True))
 
-    def _refuse(self, model: _Model, version: _Version, why: Refused, tried: _Stamp) -> None:
+    def _refuse(self, model: _Model, version: _Version, why: Refused) -> None:
         log.error("%s/%d is not served: %s", model.name, version.number, why.reason)
-        version.state, version.reason, version.tried = BROKEN, why.reason, tried
+        version.state, version.reason = BROKEN, why.reason
         version.retry_at = math.inf
         if why.passing:
             version.retry_at = self._clock() + version.retry_s
@@ -884,10 +904,12 @@ class Director:
         log.info("%s/%d is unloaded", name, version.number)
         version.held = None
         version.state = IDLE
-        if not version.reason.startswith("rejected"):
+        if version.retry_at < math.inf:
+            version.state = BROKEN
+        elif not version.reason.startswith("rejected"):
             version.reason = ""
         # It is looked into anew: something may have changed meanwhile.
-        version.stamp, version.tried = (), None
+        version.stamp, version.tried = None, None
         if not version.on_disk:
             model = self._models[name]
             del model.versions[version.number]
@@ -947,7 +969,8 @@ def _shown(model: _Model) -> ModelState:
         )
     policy = model.policy or Policy()
     reason = model.reason or (UNLOADED if policy.nothing else "")
-    return ModelState(model.name, tuple(versions), str(policy), reason)
+    trial = model.decision if model.route.candidate else None
+    return ModelState(model.name, tuple(versions), str(policy), reason, trial)
 
 
 def _incomparable(model: _Model) -> str:

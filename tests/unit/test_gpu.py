@@ -1,7 +1,6 @@
 """What is told of the cards of a machine, which are played by functions."""
 
 from dataclasses import replace
-from multiprocessing import Pipe
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +8,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from service import gpu
-from service.cpu import split
-from service.repository import Pin
 from service.settings import Settings
-from service.workers import Orders, Supervisor, _Member, on_card
+from service.workers import on_card
 
 
 class NVMLError(Exception):
@@ -76,26 +73,3 @@ def test_processes_that_run_batches_take_one_card_after_the_other() -> None:
     for device in ("cuda:1", "cpu"):
         named = replace(settings, device=device)
         assert on_card(named, 0, lambda: 2) is named
-
-
-@pytest.mark.parametrize(
-    ("second", "killed"),
-    [
-        (Pin(1, "cuda:1", "fp16", "", 0), False),
-        (Pin(2, "cuda:0", "fp16", "", 0), True),
-        (Pin(1, "cuda:0", "fp32", "", 0), True),
-    ],
-)
-def test_engines_may_have_a_card_each_but_serve_the_same(second: Pin, killed: bool) -> None:
-    supervisor = Supervisor(Settings())
-    kills: list[str] = []
-    for number, pin in enumerate((Pin(1, "cuda:0", "fp16", "", 0), second)):
-        name = f"engine-{number}"
-        member = _Member(Orders(name, Settings(), split(2), listener=3))
-        process: Any = SimpleNamespace(pid=number, kill=lambda name=name: kills.append(name))
-        member.pipe, theirs = Pipe()
-        member.process = process
-        supervisor._members.append(member)
-        theirs.send(("ready", {"pets": pin}))
-        supervisor._hear(member)
-    assert kills == (["engine-1"] if killed else [])
