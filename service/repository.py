@@ -21,7 +21,7 @@ from service import bundle as bundles
 from service import images
 from service.batcher import Answer, Batch, Batcher, BatchTimes
 from service.bundle import Bundle, Probabilities
-from service.canary import Canary, position
+from service.canary import Canary, Decision, position
 from service.channel import RemoteBatcher
 from service.cpu import Budget
 from service.device import Card
@@ -438,13 +438,14 @@ class VersionState(NamedTuple):
 
 class ModelState(NamedTuple):
     """What the Director knows of a model: `versions`, oldest first; its `policy`, for a person to
-    read; and what is wrong as a whole.
+    read; what is wrong as a whole; and how the trial of its candidate stands.
     """
 
     name: str
     versions: tuple[VersionState, ...] = ()
     policy: str = ""
     reason: str = ""
+    trial: Decision | None = None
 
 
 # States of a version.
