@@ -292,6 +292,7 @@ def _as_model(message: pb.Model) -> Model:
             "candidate": route.candidate,
             "share": route.share,
         },
+        "trial": _as_trial(route.trial) if route.HasField("trial") else None,
         "version_labels": dict(message.version_labels),
         "versions": [
             {
@@ -310,6 +311,24 @@ def _as_model(message: pb.Model) -> Model:
         "max_batch_size": message.max_batch_size,
         "device": message.device,
         "variant": message.variant,
+    }
+
+
+def _as_trial(message: pb.Trial) -> dict[str, Any]:
+    return {
+        "why": message.why,
+        "limits": [
+            {
+                "name": each.name,
+                "mean": each.mean,
+                "limit": each.limit,
+                "batches": each.batches,
+                "kept": each.kept,
+            }
+            for each in message.limits
+        ],
+        "latency_ratio": message.latency_ratio,
+        "confidence_shift": message.confidence_shift,
     }
 
 
@@ -366,6 +385,15 @@ def _facts(model: Model) -> "Table":
         "input": "x".join(map(str, model.get("input", ()))),
         "classes": _few(model.get("classes", [])),
     }
+    if trial := model.get("trial"):
+        facts["trial"] = trial["why"]
+        for limit in trial["limits"]:
+            facts[f"  {limit['name']}"] = (
+                f"{limit['mean']:.3g} in {limit['batches']} batches, the limit is "
+                f"{limit['limit']:.3g}{': kept' if limit['kept'] else ''}"
+            )
+        facts["  times"] = f"x{trial['latency_ratio']:.3g} the stable version's"
+        facts["  confidence"] = f"{trial['confidence_shift']:+.3g}"
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
         if fact:
@@ -442,11 +470,11 @@ def _serves(model: Model, version: int) -> str:
         roles.append("stable")
     if version == route["candidate"]:
         roles.append(f"{route['mode']} {route['share']:.3g}")
-    roles += [
-        n
-        for n, labelled in model["version_labels"].items()
-        if labelled == version and n not in roles
-    ]
+    # A stable version has the label `stable`, and a candidate `canary`, whether or not they were given.
+    given = {"stable": route["stable"], "canary": route["candidate"]}
+    for label, labelled in model["version_labels"].items():
+        if labelled == version and given.get(label) != version:
+            roles.append(label)
     return ", ".join(roles)
 
 

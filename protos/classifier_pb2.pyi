@@ -191,7 +191,7 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Model.State, str]] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., sha256: _Optional[str] = ..., device: _Optional[str] = ..., accuracy: _Optional[float] = ..., variant: _Optional[str] = ..., unsure_threshold: _Optional[float] = ..., class_thresholds: _Optional[_Iterable[float]] = ..., version_states: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., version_labels: _Optional[_Mapping[str, int]] = ..., policy: _Optional[str] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("mode", "stable", "candidate", "share")
+    __slots__ = ("mode", "stable", "candidate", "share", "trial")
     class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MODE_UNSPECIFIED: _ClassVar[Route.Mode]
@@ -206,11 +206,39 @@ class Route(_message.Message):
     STABLE_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
     mode: Route.Mode
     stable: int
     candidate: int
     share: float
-    def __init__(self, mode: _Optional[_Union[Route.Mode, str]] = ..., stable: _Optional[int] = ..., candidate: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
+    trial: Trial
+    def __init__(self, mode: _Optional[_Union[Route.Mode, str]] = ..., stable: _Optional[int] = ..., candidate: _Optional[int] = ..., share: _Optional[float] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("why", "limits", "latency_ratio", "confidence_shift")
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_RATIO_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_SHIFT_FIELD_NUMBER: _ClassVar[int]
+    why: str
+    limits: _containers.RepeatedCompositeFieldContainer[Limit]
+    latency_ratio: float
+    confidence_shift: float
+    def __init__(self, why: _Optional[str] = ..., limits: _Optional[_Iterable[_Union[Limit, _Mapping]]] = ..., latency_ratio: _Optional[float] = ..., confidence_shift: _Optional[float] = ...) -> None: ...
+
+class Limit(_message.Message):
+    __slots__ = ("name", "mean", "limit", "batches", "kept")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    mean: float
+    limit: float
+    batches: int
+    kept: bool
+    def __init__(self, name: _Optional[str] = ..., mean: _Optional[float] = ..., limit: _Optional[float] = ..., batches: _Optional[int] = ..., kept: _Optional[bool] = ...) -> None: ...
 
 class Version(_message.Message):
     __slots__ = ("version", "state", "reason", "created", "sha256", "accuracy", "test_images")

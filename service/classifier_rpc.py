@@ -155,6 +155,19 @@ def _describe(entry: Entry, model: pb.Model) -> None:
     if route.candidate:
         model.route.mode = pb.Route.SHADOW if route.shadow else pb.Route.CANARY
         model.route.candidate, model.route.share = route.candidate, route.share
+        if decision := entry.state.trial:
+            trial = model.route.trial
+            trial.why = decision.why
+            trial.latency_ratio = decision.latency_ratio
+            trial.confidence_shift = decision.confidence_shift
+            for bound in decision.bounds:
+                trial.limits.add(
+                    name=bound.name,
+                    mean=bound.mean,
+                    limit=bound.limit,
+                    batches=round(bound.number),
+                    kept=bound.kept,
+                )
 
 
 def refuse_one(
