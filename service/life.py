@@ -566,6 +566,7 @@ class Director:
             if not model.versions:
                 self._metrics.versions(model.name, 0, ())
                 self._metrics.broken_versions(model.name, 0)
+                self._metrics.judged(model.name, 0, None)
                 del self._models[model.name]
             elif model.name in looks:
                 self._read_policy(model, looks[model.name].policy)
@@ -721,11 +722,12 @@ class Director:
             model.decision = decision
             self._metrics.judged(model.name, candidate, decision)
             self._note(model, candidate, _incomparable(model) or decision.why)
+            if decision.verdict == "go on":
+                continue
+            carry_out = self.promote if decision.verdict == "promote" else self.reject
             try:
-                if decision.verdict == "promote":
-                    self.promote(model.name, candidate, str(decision))
-                elif decision.verdict == "roll back":
-                    self.reject(model.name, candidate, str(decision))
+                carry_out(model.name, candidate, str(decision))
+                self._metrics.decided(model.name, decision.verdict)
             except ConvoyError as error:
                 log.error("%s/%d stays on trial: %s", model.name, candidate, error)
 

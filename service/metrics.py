@@ -315,8 +315,9 @@ class Metrics:
             limits[model, version, bound.name, "value"] = bound.limit
             for name in ("mean", "lowest", "highest"):
                 limits[model, version, bound.name, name] = getattr(bound, name)
-        if decision.verdict != "go on":
-            _add(self._numbers["canary_decisions"], (model, decision.verdict), 1)
+
+    def decided(self, model: str, verdict: str) -> None:
+        _add(self._numbers["canary_decisions"], (model, verdict), 1)
 
     def switched(self, model: str) -> None:
         _add(self._numbers["model_switches"], (model,), 1)

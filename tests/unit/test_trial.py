@@ -1,5 +1,6 @@
 """How a candidate is compared: with plain functions in the place of models, and a clock that they move."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +16,14 @@ from service.bundle import Golden, Probabilities
 from service.canary import Canary, Counts
 from service.errors import BrokenVersion, InferenceFailed
 from service.images import Pixels, Target
+from service.life import Director
 from service.metrics import Metrics, canary_counts
 from service.model import Model
 from service.settings import Settings
 from service.trial import Arm, Pair, Trial, Trials, Version
 from tests.unit import graphs
-from tests.unit.versions import MANIFEST
+from tests.unit.test_life import WATCH_S, Crew, Stage
+from tests.unit.versions import MANIFEST, ONNX, write
 
 TIMEOUT_S = 30.0
 LABELS = ["a", "b", "c"]
@@ -259,3 +262,123 @@ def test_what_takes_other_images_is_not_compared(
     trials.set("m", stable, version(tmp_path / "m", height=6), EVERYTHING)
     assert not trials._running
     trials.close()
+
+
+# What the Director makes of it.
+
+
+class Judged(Stage):
+    """Its Director judges by what is counted in `metrics`, every second."""
+
+    def another(self, crew: Crew) -> Director:
+        return Director(
+            self.folder,
+            crew,
+            self.metrics,
+            watch_s=WATCH_S,
+            snapshot=self.metrics.snapshot,
+            clock=lambda: self.now,
+        )
+
+    def begin(self, table: str = "") -> "Judged":
+        """Version 2 is on trial."""
+        self.policy(f"[canary]\n{table}")
+        self.director.settle()
+        write(self.model)
+        return self.count(Counts())
+
+    def count(self, counts: Counts) -> "Judged":
+        self.metrics.canary("pets", 1, 2, counts)
+        self.go_on(2)
+        return self
+
+    @property
+    def route(self) -> tuple[int, int]:
+        route = self.crew.routes["pets"]
+        return route.stable, route.candidate
+
+    def shown(self, name: str) -> dict[tuple[str, ...], float]:
+        return {k: v for k, v in self.metrics.snapshot()[name] if isinstance(v, (int, float))}
+
+
+GOOD = Counts(
+    compared=600, images=600, candidate_requests=50, candidate_batches=50, stable_s=6,
+    candidate_s=6.6, stable_confidence=540, candidate_confidence=534,
+)  # fmt: skip
+
+
+@pytest.fixture
+def judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Judged:
+    caplog.set_level(logging.INFO)
+    return Judged(tmp_path, start=False)
+
+
+def test_a_candidate_within_its_limits_is_promoted(
+    judged: Judged, caplog: pytest.LogCaptureFixture
+) -> None:
+    judged.begin().count(GOOD)
+    assert judged.route == (1, 2)
+    assert judged.reason(2) == "on trial: 650 of 1000 requests"
+    figures = judged.shown("canary_figure")
+    assert figures["pets", "2", "agreement"] == 1
+    assert figures["pets", "2", "latency_ratio"] == pytest.approx(1.1)
+    assert figures["pets", "2", "confidence_shift"] == pytest.approx(-0.01)
+    assert judged.shown("canary_limit")["pets", "2", "disagreement", "value"] == 0.05
+    judged.count(GOOD)
+    assert judged.route == (2, 0)
+    assert (
+        "pets/2 is promoted: promote: within all limits after 1300 requests; failur" in caplog.text
+    )
+    assert judged.reason(2) == ""
+    assert not judged.shown("canary_figure")
+    assert not judged.shown("canary_limit")
+    assert judged.shown("canary_decisions") == {("pets", "promote"): 1}
+
+
+def test_a_candidate_beyond_a_limit_is_rolled_back_at_once(
+    judged: Judged, caplog: pytest.LogCaptureFixture
+) -> None:
+    judged.begin('mode = "shadow"').count(Counts(compared=100, images=400, disagreed=25))
+    assert judged.route == (1, 0)
+    assert "pets/2 is rejected: roll back: over the limit: disagreement" in caplog.text
+    assert judged.reason(2).startswith("rejected: roll back: over the limit: disagreement")
+    assert judged.shown("canary_decisions") == {("pets", "roll back"): 1}
+    judged.go_on(10)
+    assert judged.route == (1, 0)
+
+
+def test_what_was_counted_before_does_not_count(judged: Judged) -> None:
+    """The same two versions once more, or other limits: it begins anew."""
+    judged.begin('mode = "shadow"').count(GOOD)
+    assert judged.reason(2) == "on trial: 650 of 1000 requests"
+    judged.policy('[labels]\nstable = 1\ncanary = 2\n[canary]\nmode = "shadow"\nmax_error = 0.02\n')
+    judged.go_on(3)
+    assert judged.reason(2) == "on trial: 0 of 1000 requests"
+    judged.count(GOOD)
+    assert judged.route == (1, 2)
+
+
+def test_what_can_not_be_compared_waits_for_a_person(judged: Judged) -> None:
+    judged.policy("[canary]\n")
+    judged.director.settle()
+    pixels = np.zeros((1, 8, 8, 3), np.uint8)
+    golden = Golden(pixels, np.array([[0.5, 0.5]], np.float32))
+    bundles.write(judged.model, replace(MANIFEST, pixels=Target(8, 8, 3, "crop")), ONNX, golden)
+    judged.go_on(3)
+    assert judged.route == (1, 2)
+    assert "takes images of [8, 8, 3], the stable version [4, 5, 3]" in judged.reason(2)
+    judged.director.promote("pets")
+    assert judged.route == (2, 0)
+
+
+def test_a_verdict_waits_for_a_file_that_a_person_has_to_mend(
+    judged: Judged, caplog: pytest.LogCaptureFixture
+) -> None:
+    judged.begin()
+    judged.policy("serve = [")
+    judged.count(GOOD).count(GOOD)
+    assert judged.route == (1, 2)
+    assert "pets/2 stays on trial" in caplog.text
+    judged.policy("[labels]\nstable = 1\ncanary = 2\n[canary]\n")
+    judged.go_on(3)
+    assert judged.route == (2, 0)
