@@ -22,6 +22,7 @@ from service.settings import (
     FolderOrUrl,
     Labels,
     ModelsFolder,
+    Port,
     Positive,
     Settings,
     Version,
@@ -632,6 +633,58 @@ def evaluate(
 
 
 @app.command
+def health(
+    *,
+    server: str = "",
+    port: Port = 8001,
+    service: str = "convoy.v1.ImageClassifier",
+    timeout_s: Positive = 4.0,
+    tls_ca: Path | None = None,
+) -> int:
+    """Ask a server how it is, as gRPC's health service says it: for probes of containers and machines.
+
+    Exits with 0 where it serves, else with 1.
+
+    Parameters
+    ----------
+    server
+        HOST:PORT of the server. Default: --port on this machine.
+    port
+        Its gRPC port on this machine: the variable is that of `convoy serve`.
+    service
+        What to ask about: an API or a model by name, whether it can be asked; "" whether the process
+        lives, which it also does while it drains.
+    timeout_s
+        How long to wait for an answer, in seconds.
+    tls_ca
+        PEM file of the authorities that vouch for a server with TLS, which is then to be named as its
+        certificate names it.
+    """
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from convoy.client import explain
+
+    target = server or f"localhost:{port}"
+    # What is asked on this machine has no business at the environment's proxy.
+    options = [] if server else [("grpc.enable_http_proxy", 0)]
+    credentials = _credentials(tls_ca)
+    if credentials:
+        channel = grpc.secure_channel(target, credentials, options)
+    else:
+        channel = grpc.insecure_channel(target, options)
+    request = health_pb2.HealthCheckRequest(service=service)
+    with channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            explained = explain(error, target)
+            _fail(f"{explained.code}: {explained}")
+    print(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+    return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
+
+
+@app.command
 def bench(*, settings: Annotated[BenchSettings, _Flat] = BenchSettings()) -> int:
     """Put a server under load, and say how many requests a second it answers, and how fast.
 
@@ -721,7 +774,7 @@ def _check_environment() -> None:
         for kind in (Settings, TrainingSettings, AddSettings, BenchSettings, Whose)
         for field in fields(kind)
     }
-    known |= {"server", "model", "version", "top_k", "timeout_s", "tls_ca", "json"}
+    known |= {"server", "model", "version", "top_k", "timeout_s", "tls_ca", "json", "service"}
     for name, value in list(os.environ.items()):
         if _SERVICE_LINK.fullmatch(f"{name}={value}"):
             del os.environ[name]
@@ -738,6 +791,9 @@ def _fail(message: str) -> NoReturn:
 
 def main() -> None:
     """Runs the command line; exits with its status."""
+    if os.getpid() == 1:
+        # In a container: the kernel keeps signals that nothing handles from its first process.
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     try:
         _check_environment()
         status = app(result_action="return_value") or 0

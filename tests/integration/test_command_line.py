@@ -133,6 +133,22 @@ def test_classify_without_a_server_says_how_to_start_one(pictures: Path) -> None
     assert "Traceback" not in result.stderr
 
 
+def test_health_says_how_a_server_is(server: Server) -> None:
+    asked = [convoy("health", CONVOY_PORT=str(server.port))]
+    asked += [
+        convoy("health", "--server", server.target, "--service", service)
+        for service in ("", "digits", "cats")
+    ]
+    assert [each.returncode for each in asked] == [0, 0, 0, 1]
+    assert [each.stdout for each in asked] == ["SERVING\n"] * 3 + [""]
+    assert "NOT_FOUND" in asked[3].stderr
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        nobody = convoy("health", "--port", port, "--timeout-s", "0.5")
+    assert nobody.returncode == 1
+    assert nobody.stderr.startswith("convoy: DEADLINE_EXCEEDED")
+
+
 def test_models_lists_versions_with_their_scores(models: Path) -> None:
     result = convoy("models", "--models", models)
     assert (result.returncode, result.stderr) == (0, "")
