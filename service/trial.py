@@ -9,7 +9,6 @@ time is taken, not the time that goes by: others who are busy don't count, and n
 import contextlib
 import logging
 import math
-import os
 import queue
 import random
 import threading
@@ -40,9 +39,6 @@ log = logging.getLogger("convoy.trial")
 # four in 59.
 _COMPARISON_S = 0.02
 _SHORT_S, _ROUNDS = 0.004, 4
-
-# How much less important its thread is than those that serve, as `nice` says.
-_NICE = 10
 
 _NONE: Probabilities = np.empty((0, 0), np.float32)
 
@@ -108,8 +104,8 @@ class Trial:
         return self._thread.is_alive()
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        # At the priority of the others: with a lower one it would be put off while it has the
+        # interpreter's lock, and with it all who serve.
         try:
             pair = self._load()
         except BrokenVersion as error:

@@ -32,6 +32,10 @@ Floats = npt.NDArray[np.float64]
 Figures = Callable[[np.random.Generator, int], "Simulated"]
 
 
+# So many looks are worked out at once.
+_LOOKS = 100
+
+
 class Simulated(NamedTuple):
     """Figures of each of the compared batches."""
 
@@ -102,17 +106,21 @@ def verdict(canary: Canary, figures: Simulated, every: int = 1) -> tuple[str, in
     """What becomes of it, and after how many batches, when the judge looks after `every` one. It is
     asked where the evidence says that something is to happen, and at the look before.
     """
-    n = np.arange(every, len(figures.failed) + 1.0, every)
-    sums = np.cumsum(figures, axis=1)[:, every - 1 :: every]
+    looks = np.arange(every, len(figures.failed) + 1.0, every)
+    totals = np.cumsum(figures, axis=1)[:, every - 1 :: every]
     limits = (canary.max_error, 0.5, canary.max_disagreement)
-    over = [evidence_over(sum_, n, limit) for sum_, limit in zip(sums, limits, strict=True)]
-    under = [evidence_under(sum_, n, limit) for sum_, limit in zip(sums, limits, strict=True)]
-    broken = np.max(over, axis=0) >= math.log(4 / canary.alpha)
-    kept = (np.min(under, axis=0) >= math.log(1 / canary.alpha)) & (n >= canary.after)
-    ends = np.flatnonzero(broken | kept)
-    end = int(n[ends[0]]) if len(ends) else int(n[-1]) + every
+    end = int(looks[-1]) + every
+    for start in range(0, len(looks), _LOOKS):
+        n, sums = looks[start : start + _LOOKS], totals[:, start : start + _LOOKS]
+        over = [evidence_over(sum_, n, limit) for sum_, limit in zip(sums, limits, strict=True)]
+        under = [evidence_under(sum_, n, limit) for sum_, limit in zip(sums, limits, strict=True)]
+        broken = np.max(over, axis=0) >= math.log(4 / canary.alpha)
+        kept = (np.min(under, axis=0) >= math.log(1 / canary.alpha)) & (n >= canary.after)
+        if (broken | kept).any():
+            end = int(n[np.flatnonzero(broken | kept)[0]])
+            break
     assert judge(canary, counted(figures, end - every)).verdict == "go on"
-    if not len(ends):
+    if end > looks[-1]:
         return "go on", end - every
     decided = judge(canary, counted(figures, end)).verdict
     assert decided != "go on"
@@ -411,9 +419,6 @@ def main() -> None:
     canary = Canary()
     for figures in (alike, retrained):
         print(figures.__name__, dict(verdicts(canary, figures, runs, batches, 1)))
-    for figures, alpha in itertools.product((at_the_limits, at_one_limit), (0.01, 0.2)):
-        ends = verdicts(Canary(alpha=alpha), figures, runs, batches, 1)
-        print(figures.__name__, "alpha", alpha, dict(ends))
     rng = np.random.default_rng(12)
     for plant, within in PLANTED:
         found = [verdict(canary, plant(rng, batches)) for _ in range(runs)]
@@ -421,6 +426,9 @@ def main() -> None:
             plant.__name__, dict(Counter(each for each, _ in found)), "batches: median, 99%, most",
             np.percentile([n for _, n in found], [50, 99, 100]), "stated", within,
         )  # fmt: skip
+    for figures, alpha in itertools.product((at_the_limits, at_one_limit), (0.01, 0.2)):
+        ends = verdicts(Canary(alpha=alpha), figures, runs // 4, batches, 1)
+        print(figures.__name__, "alpha", alpha, dict(ends))
 
 
 if __name__ == "__main__":
