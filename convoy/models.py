@@ -55,7 +55,7 @@ class Server:
         answer: pb.ListModelsResponse = self._call(
             self._classifier.ListModels, pb.ListModelsRequest()
         )
-        return [_as_model(message) for message in answer.models]
+        return [as_model(message) for message in answer.models]
 
     def outcome(self, model: Model) -> str:
         """What an order has come to, for a person to read."""
@@ -278,7 +278,8 @@ def _read(folder: Path) -> dict[str, Any]:
     }
 
 
-def _as_model(message: pb.Model) -> Model:
+def as_model(message: pb.Model) -> Model:
+    """What a server says of a model."""
     route = message.route
     return {
         "model": message.name,

@@ -693,8 +693,8 @@ class Repository:
         )
 
     def versions(self, name: str) -> list[int]:
-        """Those of a model that are on the disk, or loaded; oldest first."""
-        return [each.version for each in self._states.get(name, ModelState(name)).versions]
+        """Those of a model that can be asked, oldest first."""
+        return sorted(self._models.get(name, _NOTHING).versions)
 
     def _not_ready(self, name: str) -> NotReady:
         if self._states.get(name, ModelState(name)).reason == UNLOADED:

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from convoy import Classifier
 from convoy.__main__ import app
 from convoy.models import Folder
 from protos import classifier_pb2
@@ -129,6 +130,17 @@ def test_what_an_operator_orders_is_done_and_written_down(
 
     model = models(controlled, "promote", "digits", "1")
     assert (model["route"]["stable"], answers(calls), answers(calls, "stable")) == (1, 1, 1)
+    with pytest.raises(grpc.RpcError, match="no version 'mine'; its labels: stable"):
+        answers(calls, "mine")
+    asked = inference_on(calls).ModelMetadata
+    metadata = asked(pb.ModelMetadataRequest(name="digits", version="stable"))
+    assert metadata.versions == ["1", "2"]
+    for version in ("", "1", "2", "stable"):
+        ready = inference_on(calls).ModelReady(pb.ModelReadyRequest(name="digits", version=version))
+        assert ready.ready
+    assert refused(asked, pb.ModelMetadataRequest(name="digits", version="3"))[0] == "NOT_FOUND"
+    with Classifier(controlled.target, version="stable", key="me") as classifier:
+        assert classifier.classify(solid("black")).version == 1
     broken = convoy("models", "promote", "digits", "3", "--server", controlled.target)
     assert broken.returncode == 1
     assert "sha256" in broken.stderr

@@ -174,6 +174,7 @@ def test_reflection_lists_and_describes_the_services(channel: grpc.Channel) -> N
     database = ProtoReflectionDescriptorDatabase(channel)
     assert set(database.get_services()) == {
         "convoy.v1.ImageClassifier",
+        "convoy.v1.ModelControl",
         "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from convoy.__main__ import app
+from convoy.models import Model, Server, as_model, show
+from protos import classifier_pb2 as pb
 from service import policy as policies
 from service.errors import ConvoyError
 from service.policy import Policy
@@ -149,6 +151,46 @@ def test_ls_tells_what_is_broken_from_what_is_on_its_way(
     table = capsys.readouterr().out
     assert "broken" in table
     assert "0 bytes, the manifest says" in table
+
+
+def test_show_says_how_the_trial_of_a_candidate_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = [
+        pb.Limit(name="failures", mean=0.001, limit=0.01, batches=70, kept=True),
+        pb.Limit(name="disagreement", mean=0.25, limit=0.5, batches=70),
+    ]
+    trial = pb.Trial(why="70 of 1000 requests", limits=limits, latency_ratio=1.25)
+    message = pb.Model(
+        name="pets",
+        state=pb.Model.READY,
+        version=3,
+        route=pb.Route(mode=pb.Route.CANARY, stable=3, candidate=4, share=0.2, trial=trial),
+        version_labels={"stable": 3, "canary": 4, "old": 3},
+        version_states=[
+            pb.Version(version=3, state=pb.Version.READY, accuracy=0.5, test_images=10),
+            pb.Version(version=4, state=pb.Version.READY, reason="on trial"),
+        ],
+    )
+
+    class Told(Server):
+        def models(self) -> list[Model]:
+            return [as_model(message)]
+
+    with Told("localhost:1", 1.0, None) as server:
+        assert show(server, "pets", as_json=True) == 0
+        model = json.loads(capsys.readouterr().out)
+        assert [version["version"] for version in model["versions"]] == [4, 3]
+        assert [version["accuracy"] for version in model["versions"]] == [None, 0.5]
+        assert model["trial"]["limits"][1] == {
+            "name": "disagreement", "mean": 0.25, "limit": 0.5, "batches": 70, "kept": False,
+        }  # fmt: skip
+        assert show(server, "pets", as_json=False) == 0
+    words = capsys.readouterr().out
+    assert "version 3 answers; 0.2 of the requests go to 4" in words
+    assert "70 of 1000 requests" in words
+    assert "0.001 in 70 batches, the limit is 0.01: kept" in words
+    assert "x1.25 the stable version's" in words
+    table = [line.split("│") for line in words.splitlines() if line.startswith("│ pets")]
+    assert [row[4].strip() for row in table] == ["canary 0.2", "stable, old"]
 
 
 def test_show_prints_what_looks_like_markup_as_it_is(
