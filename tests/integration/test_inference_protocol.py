@@ -1,4 +1,4 @@
-"""The six calls of the Open Inference Protocol, and server reflection."""
+"""The six calls of the Open Inference Protocol's core, and server reflection."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -185,7 +185,9 @@ def test_reflection_lists_and_describes_the_services(channel: grpc.Channel) -> N
     ]  # fmt: skip
     assert calls_of(pool, "inference.GRPCInferenceService") == [
         "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer",
+        "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload",
     ]  # fmt: skip
+    assert calls_of(pool, "convoy.v1.ModelControl") == ["Promote", "Rollback", "Pin"]
 
 
 def calls_of(pool: DescriptorPool, service: str) -> Sequence[str]:
