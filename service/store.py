@@ -39,7 +39,7 @@ from obstore.exceptions import (
     PreconditionError,
     UnauthenticatedError,
 )
-from obstore.store import from_url
+from obstore.store import MemoryStore, from_url
 
 from service import bundle as bundles
 from service import policy as policies
@@ -62,6 +62,8 @@ _RETRIES, _RETRIES_S = 3, 15.0
 # Between tries, where the store can't be asked, and for one version that can't be had: its bytes are
 # wrong, there is no room or no permission.
 _LONGEST_RETRY_S, _LONGEST_VERSION_RETRY_S = 60.0, 300.0
+# What this thread may take of a core while others are served: hashing does most of that.
+_SHARE = 0.2
 # How long a start waits for the store where the folder has something to serve.
 _FIRST_LOOK_S = 10.0
 _TELL_S = 10.0
@@ -267,9 +269,9 @@ class Store:
     # The thread.
 
     def _work(self) -> None:
-        # Threads begun by this one inherit it, `obstore`'s too: serving comes first.
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        helper = threading.Thread(target=_start_obstore, daemon=True)
+        helper.start()
+        helper.join()
         failures = 0
         while not self._closed.is_set():
             try:
@@ -490,12 +492,15 @@ class Store:
                 done += len(piece)
             while done < there.size:
                 self._between(key, files)
+                began_s = time.thread_time()
                 end = min(done + self._piece_bytes, there.size)
                 piece = _get(self._source, there, done, end)
                 digest.update(piece)
                 file.write(piece)
                 done += len(piece)
                 self.metrics.store_fetched(len(piece))
+                if self._first.is_set():
+                    self._closed.wait((time.thread_time() - began_s) * (1 / _SHARE - 1))
                 now = self._clock()
                 if now - told > _TELL_S:
                     told = now
@@ -649,6 +654,15 @@ def _sort(objects: Iterable[Any]) -> _Listing:
             case [name, version, file] if bundles.is_name(name) and bundles.is_version(version):
                 listing.versions.setdefault(name, {}).setdefault(int(version), {})[file] = each
     return listing
+
+
+def _start_obstore() -> None:
+    """Has its threads, which decrypt and copy, begin at a low priority, that of who first asks for
+    something. Not ours: it holds the interpreter's lock at times, and must not be kept waiting then.
+    """
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    MemoryStore().list().collect()
 
 
 def _policy(model: Path) -> Policy:

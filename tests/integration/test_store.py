@@ -97,12 +97,11 @@ def wait_until_errors(server: Server, kind: str, count: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("processes", [(), ("--acceptors", "2", "--engines", "1")])
 def test_nobody_notices_what_becomes_of_the_store(
-    tmp_path: Path, store: ObjectStore, colours: Path, processes: tuple[str, ...]
+    tmp_path: Path, store: ObjectStore, colours: Path
 ) -> None:
     store.add(colours, 1)
-    with serve(store, tmp_path, *processes) as server:
+    with serve(store, tmp_path) as server:
         with Load(server.ready()) as load:
             load.wait_for(1)
             store.add(colours, 2)
@@ -139,7 +138,7 @@ def test_nobody_notices_what_becomes_of_the_store(
 
     # And one that starts goes on from the cache.
     store.kill()
-    with serve(store, tmp_path, *processes) as server:
+    with serve(store, tmp_path) as server:
         with Load(server.ready()) as load:
             assert "can't be read" in server.log
             load.wait_for(3)
@@ -149,6 +148,27 @@ def test_nobody_notices_what_becomes_of_the_store(
             store.put(f"colours/{FILE}", b"serve = [6]")
             load.wait_for(6)
         assert load.failures == []
+
+
+def test_several_processes_follow_the_store_as_one(
+    tmp_path: Path, store: ObjectStore, colours: Path
+) -> None:
+    store.add(colours, 1)
+    with serve(store, tmp_path, "--acceptors", "2", "--engines", "1") as server:
+        with Load(server.ready()) as one, Load(server) as other:
+            one.wait_for(1)
+            other.wait_for(1)
+            store.add(colours, 2)
+            one.wait_for(2)
+            other.wait_for(2)
+            store.kill()
+            wait_until_errors(server, "store", 2)
+            one.wait_for_more()
+            other.wait_for_more()
+        assert one.failures == other.failures == []
+        assert server.metrics()["convoy_store_fetched_bytes_total"] == 2 * sum(
+            file.bytes for file in bundles.read_manifest(colours).files.values()
+        )
 
 
 def test_without_a_store_and_without_a_cache_there_is_nothing_to_serve(
