@@ -439,7 +439,7 @@ def merge(snapshots: Iterable[Snapshot], dead: Iterable[Snapshot] = ()) -> Snaps
     for snapshot, alive in tagged:
         for name, values in snapshot.items():
             family, into = _FAMILIES[name], total[name]
-            if family.kind == "gauge" and not alive:
+            if not alive and (family.kind == "gauge" or name in _SAME):
                 continue
             for each, value in values:
                 labels = tuple(each)

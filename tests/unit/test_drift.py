@@ -480,12 +480,17 @@ def test_counts_of_several_processes_add_up_to_those_of_one(digits: Digits) -> N
     assert any(value for _, value in ours["drift_alarm"])
 
 
-def test_the_profile_of_the_dead_is_gone_where_nobody_serves_the_version(digits: Digits) -> None:
-    service = Service()
-    service.answer(Version(digits.manifest), digits.held_out[:1], digits.run(digits.held_out[:1]))
-    merged = merge([Metrics().snapshot()], [service.metrics.snapshot()])
-    assert shown(Watch(1, ALARM), merged, "drift_psi") == {}
-    assert len(counts_in(merged)) == len(FEATURES)
+def test_the_profile_of_the_dead_does_not_hide_that_of_the_living(digits: Digits) -> None:
+    """Should a version's folder have become another one under the same number."""
+    pixels = digits.held_out[:50]
+    given = digits.run(pixels)
+    made = profile.make(pixels, given, None, [8] * len(pixels))
+    other = dataclasses.replace(digits.manifest, training={"profile": dataclasses.asdict(made)})
+    dead, living = Service(), Service()
+    dead.answer(Version(other), pixels[:5], given[:5])
+    living.answer(Version(digits.manifest), pixels[:3], given[:3])
+    merged = merge([living.metrics.snapshot()], [dead.metrics.snapshot()])
+    assert shown(Watch(1, ALARM), merged, "drift_images") == {("digits", "1"): 3}
 
 
 def test_versions_have_windows_of_their_own_and_are_forgotten(digits: Digits) -> None:
