@@ -176,7 +176,7 @@ CASES = [
     Case("body over twice the limit, refused by gRPC unread", CLASSIFY, _oversized(2.2 * MAX_REQUEST_MB), "RESOURCE_EXHAUSTED", "larger than max"),
     Case("unknown model", INFER, _infer(_set("model_name", "nobody's")), "NOT_FOUND", "there is: colours, digits"),
     Case("unknown version", INFER, _infer(_set("model_version", "7")), "NOT_FOUND", "use version 1, or leave it out"),
-    Case("version that is no number", INFER, _infer(_set("model_version", "latest")), "NOT_FOUND", "versions are positive integers"),
+    Case("version that is no number", INFER, _infer(_set("model_version", "latest")), "NOT_FOUND", "has no version 'latest'"),
     Case("garbage in place of a message", INFER, b"\xff\xff garbage", "INVALID_ARGUMENT", "no inference.ModelInferRequest"),
     Case("body a little over the limit", INFER, _infer(contents=bytes(1_200_000)), "INVALID_ARGUMENT", "send fewer images a call"),
     Case("body over twice the limit, refused by gRPC unread", INFER, _infer(contents=bytes(2_200_000)), "RESOURCE_EXHAUSTED", "larger than max"),
