@@ -212,7 +212,11 @@ class _Worker:
                 self._obey(crew, kind, value)
         # Nobody is left who would start another worker, or ask this one for its metrics.
         except (EOFError, OSError):
-            os._exit(1)
+            pass
+        # Deaf, it would only be in the way of the next one.
+        except Exception:
+            log.critical("bug in a worker", exc_info=True)
+        os._exit(1)
 
     def _obey(self, crew: Alone, kind: str, value: Any) -> None:
         if kind == "stop":

@@ -569,22 +569,33 @@ def test_without_an_engine_nothing_is_ready_until_the_next_one_is(
         with pytest.raises(grpc.RpcError) as refused:
             classify(FAST)
         assert refused.value.code() is UNAVAILABLE
-        # Each time it waits longer than the last, and does so asleep.
-        died = r"died \(status 1\): the next one starts in ([\d.]+) s\n"
-        first = float(server.wait_for(died)[1])
-        before = cpu_ticks(server.pid)
-        second = float(server.wait_for(rf"{died}[\s\S]*?{died}")[2])
-        assert second == 2 * first
-        assert cpu_ticks(server.pid) - before < 0.2 * os.sysconf("SC_CLK_TCK")
+        replaced()
+        server.wait_for(r"slow/1 is not served: engine-0: .*manifest\.json is missing")
         (tmp_path / "elsewhere").rename(folder)
         assert [next(watches[name]).status for name in names] == [SERVING] * 4
-        replaced()
         server.wait_for(r"acceptor-0 is not ready[\s\S]*acceptor-0 is ready")
         assert server.http("/readyz")[0] == 200
         assert inference.ModelReady(oip.ModelReadyRequest(name="slow")).ready
         assert probabilities_of(classify(FAST, timeout=TIMEOUT_S)) == pytest.approx(
             slow_of(FAST_IMAGE[np.newaxis])[0, :1]
         )
+
+
+def test_each_time_that_a_worker_dies_soon_the_next_one_waits_longer_and_asleep(
+    models: Path,
+) -> None:
+    with Server(*TWO_ALONE, models=models) as server:
+        server.ready()
+        waits = []
+        for times in (1, 2, 3):
+            kill(server, "acceptor-1")()
+            died = r"acceptor-1 died \(status -9\): the next one starts in ([\d.]+) s\n"
+            found = server.wait_for(rf"(?:{died}[\s\S]*?){{{times}}}")
+            waits.append(float(found[1]))
+        assert waits == [0.2, 0.4, 0.8]
+        before = cpu_ticks(server.pid)
+        kill(server, "acceptor-1")()
+        assert cpu_ticks(server.pid) - before < 0.3 * os.sysconf("SC_CLK_TCK")
 
 
 def probabilities_of(response: pb.ClassifyResponse) -> list[float]:
@@ -645,24 +656,30 @@ def test_a_worker_that_cannot_be_started_is_tried_again(mortal: tuple[Server, Pa
     replaced()
 
 
-def test_a_version_published_meanwhile_does_not_confuse_those_who_start_anew(
+def test_a_version_published_while_workers_start_anew_reaches_all(
     mortal: tuple[Server, Path],
 ) -> None:
     server, folder = mortal
+    replaced = [kill(server, name) for name in ("engine-0", "acceptor-0")]
     assert add_colours(folder, labels=("rot", "gruen", "blau")).version == 2
+    for wait in replaced:
+        wait()
+    server.wait_for("colours: version 2 answers")
+    with server.channel() as channel:
+        answer = classifier_on(channel).Classify(RED, wait_for_ready=True, timeout=TIMEOUT_S)
+        assert answer.version == 2
+        assert answer.results[0].classification.labels[0].name == "rot"
+        models = classifier_on(channel).ListModels(pb.ListModelsRequest()).models
+        versions = {model.name: (model.version, list(model.versions)) for model in models}
+        assert versions["colours"] == (2, [1, 2])
     for name in ("engine-0", "acceptor-0"):
         kill(server, name)()
     with server.channel() as channel:
-        answer = classifier_on(channel).Classify(RED)
-        assert answer.version == 1
-        assert answer.results[0].classification.labels[0].name == "red"
-        models = classifier_on(channel).ListModels(pb.ListModelsRequest()).models
-        versions = {model.name: (model.version, list(model.versions)) for model in models}
-        assert versions["colours"] == (1, [1, 2])
-    assert server.metrics()['convoy_model_broken_versions{model="newest"}'] == 1
-    info = [name for name in server.metrics() if "model_info" in name and '"colours"' in name]
-    assert len(info) == 1
-    assert 'version="1"' in info[0]
+        answer = classifier_on(channel).Classify(RED, wait_for_ready=True, timeout=TIMEOUT_S)
+        assert answer.version == 2
+    metrics = server.metrics()
+    assert metrics['convoy_model_broken_versions{model="newest"}'] == 1
+    assert metrics['convoy_model_serving_version{model="colours"}'] == 2
 
 
 # Drains.
