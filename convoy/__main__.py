@@ -376,8 +376,8 @@ def models_pin(name: _Name, /, *versions: _Version, whose: _Whose = Whose()) -> 
     name
         Name of the model.
     versions
-        The newest of them answers requests that name none. Without any, the newest version is served
-        again.
+        The newest of them answers requests that name none, or the one that is labelled `stable`.
+        Without any, the newest version is served again, whichever it is.
     """
     return _order(whose, name, lambda models: models.pin(name, versions))
 
