@@ -3,7 +3,7 @@
 Both have a session of their own for that, on a thread of its own, so that they are treated alike: one
 that serves finds its threads and its memory at hand and in use. With those, the same file came out
 1.2 times as slow as itself on a busy machine. On a CPU the sessions have one thread, whose computing
-time is taken, not the time that goes by: others who are busy don't count, and nobody waits for it.
+time is taken, not the time that goes by, of which others who are busy make most of the noise.
 """
 
 import contextlib
