@@ -219,6 +219,31 @@ def test_load_takes_no_files_and_no_configuration(calls: grpc.Channel) -> None:
     assert states(calls)["2"] == "READY"
 
 
+def test_an_order_holds_in_every_process_when_it_is_answered(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "models")
+    (copy / "digits" / policies.FILE).unlink(missing_ok=True)
+    arguments = ("--allow-repository-control", "--acceptors", "2", "--engines", "1")
+    with Server(*arguments, models=copy) as server, contextlib.ExitStack() as stack:
+        server.ready()
+        # The kernel gives each connection to one of the two acceptors.
+        channels = [stack.enter_context(server.channel()) for _ in range(8)]
+        for version, *order in (
+            (1, "promote", "digits", "1"),
+            (2, "promote", "digits", "2"),
+            (1, "rollback", "digits"),
+            (2, "pin", "digits"),
+        ):
+            assert models(server, *order)["version"] == version
+            assert [answers(channel) for channel in channels] == [version] * len(channels)
+        models(server, "unload", "digits")
+        for channel in channels:
+            with pytest.raises(grpc.RpcError, match="is unloaded"):
+                answers(channel)
+        with pytest.raises(ConvoyError, match=r"FAILED_PRECONDITION.*sha256"):
+            models(server, "promote", "digits", "3")
+        assert models(server, "load", "digits")["version"] == 2
+
+
 def test_nobody_gives_orders_where_the_operator_did_not_allow_it(shipped: Server) -> None:
     with shipped.channel() as channel:
         before = index(channel)
