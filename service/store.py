@@ -122,8 +122,6 @@ class _Object(NamedTuple):
     size: int
     # Another one where its bytes are others.
     id: str
-    # What a conditional put must be told.
-    update: dict[str, str]
 
 
 class _Listing(NamedTuple):
@@ -393,12 +391,12 @@ class Store:
             return True
         return there
 
-    def _failed(self, last: _Try, what: str, error: Exception) -> None:
+    def _failed(self, last: _Try, what: str, error: Exception, kind: str = "denied") -> None:
         last.failures += 1
         last.reason = _words(error)
         delay_s = _jittered(self._watch_s, last.failures, _LONGEST_VERSION_RETRY_S)
         last.at = self._clock() + delay_s
-        self.metrics.store_error(_kind(error, "denied"))
+        self.metrics.store_error(_kind(error, kind))
         log.error(
             "%s of %s is not taken: %s; the next try is in %.0f s",
             what, self.url, last.reason, delay_s,
@@ -570,15 +568,18 @@ class Store:
     # Policies.
 
     def _sync_policies(self, listing: _Listing) -> None:
-        for name in {*listing.versions, *bundles.names(self.folder)}:
+        names = {*listing.versions, *bundles.names(self.folder)}
+        for gone in [key for key in self._tries if isinstance(key, str) and key not in names]:
+            del self._tries[gone]
+        for name in names:
             last = self._tries.setdefault(name, _Try(None))
             try:
                 self._sync_policy(name, listing.policies.get(name), last)
             except (_Changed, PreconditionError, AlreadyExistsError, FileNotFoundError) as error:
                 log.info("%s/%s has changed at the same time: %s", name, FILE, _words(error))
                 self._known_policies.pop(name, None)
-            except (_Refused, PermissionDeniedError, UnauthenticatedError, OSError) as error:
-                self._failed(last, f"{name}/{FILE}", error)
+            except (_Refused, BaseError, OSError) as error:
+                self._failed(last, f"{name}/{FILE}", error, "store")
 
     def _sync_policy(self, name: str, there: _Object | None, last: _Try) -> None:
         """Where only one side's policy has changed since both were the same, the other gets it; where
@@ -591,7 +592,7 @@ class Store:
             last.what, last.failures, last.at = what, 0, 0.0
         elif last.at > self._clock():
             return
-        theirs = same
+        theirs, known = same, there.id if there else ""
         if there is None:
             theirs = None
         elif there.id != self._known_policies.get(name) or same is None:
@@ -605,11 +606,10 @@ class Store:
         elif ours is None:
             self._take(path, ours, theirs)
         elif ours != same:
-            there = self._put_policy(f"{name}/{FILE}", ours, there)
+            known = self._put_policy(f"{name}/{FILE}", ours, same, listed=there is not None)
             _replace(same_path, ours)
             log.info("%s is now in the store, too: %s", path, _one_line(ours))
-        if there:
-            self._known_policies[name] = there.id
+        self._known_policies[name] = known
         last.failures, last.reason = 0, ""
 
     def _take(self, path: Path, ours: bytes | None, theirs: bytes | None) -> None:
@@ -620,13 +620,20 @@ class Store:
                 raise _Changed("an order was given just now")
             _replace(path, theirs)
 
-    def _put_policy(self, path: str, data: bytes, there: _Object | None) -> _Object:
-        mode: Any = there.update if there and there.update else "overwrite" if there else "create"
+    def _put_policy(self, path: str, data: bytes, same: bytes | None, listed: bool) -> str:
+        """Writes it where the store still has `same`; its id there."""
+        mode: Any = "create"
+        if listed:
+            # Some stores do not list what a condition must name.
+            now = self._source.get(path)
+            if bytes(now.bytes()) != same:
+                raise _Changed("somebody has changed it just now")
+            mode = {name: now.meta[name] for name in ("e_tag", "version") if now.meta[name]}
         try:
-            written = self._source.put(path, data, mode=mode)
+            written = self._source.put(path, data, mode=mode or "overwrite")
         except NotSupportedError:  # a store without conditions: the last who writes counts
             written = self._source.put(path, data, mode="overwrite")
-        return _Object(path, len(data), written["e_tag"] or "", {})
+        return written["e_tag"] or ""
 
 
 def _get(source: Source, there: _Object, start: int = 0, end: int | None = None) -> bytes:
@@ -641,13 +648,8 @@ def _sort(objects: Iterable[Any]) -> _Listing:
     """What of the objects in a store are versions and policies; others are none of ours."""
     listing = _Listing({}, {})
     for meta in objects:
-        update = {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}
-        each = _Object(
-            meta["path"],
-            meta["size"],
-            meta.get("e_tag") or meta["last_modified"].isoformat(),
-            update,
-        )
+        known = meta["e_tag"] or meta["last_modified"].isoformat()
+        each = _Object(meta["path"], meta["size"], known)
         match each.path.split("/"):
             case [name, file] if file == FILE and bundles.is_name(name):
                 listing.policies[name] = each

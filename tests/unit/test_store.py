@@ -44,9 +44,10 @@ class Bucket:
 
     def get(self, path: str, *, options: Any = None) -> Any:
         self.on_read(path)
-        data = self.change(path, bytes(self.inside.get(path, options=options).bytes()))
+        got = self.inside.get(path, options=options)
+        data = self.change(path, bytes(got.bytes()))
         self.reads.append((path, len(data)))
-        return SimpleNamespace(bytes=lambda: data)
+        return SimpleNamespace(bytes=lambda: data, meta=got.meta)
 
     def put(self, path: str, file: Any, *, mode: Any = None) -> Any:
         self.on_write(mode)
@@ -717,6 +718,31 @@ def test_a_store_without_conditions_is_written_to_all_the_same(
         mirror.policy().write_text(text)
         mirror.look()
         assert bucket.text(f"pets/{FILE}") == text
+
+
+def test_a_policy_that_can_not_be_written_keeps_no_version_waiting(
+    mirror: Mirror, bucket: Bucket, made: Path
+) -> None:
+    bucket.add(pets(made, 1))
+    mirror.look()
+
+    def fail(mode: Any) -> None:
+        raise GenericError("no such thing here")
+
+    bucket.on_write = fail
+    mirror.policy().write_text("serve = 2")
+    bucket.add(pets(made, 2))
+    before = mirror.count("store_last_sync_timestamp_seconds")
+    mirror.look()
+    assert mirror.versions() == [1, 2]
+    assert mirror.count("store_errors", "store") == 1
+    assert mirror.count("store_last_sync_timestamp_seconds") == before
+    # A model that is gone is nobody's failure any more.
+    bucket.add(made / "cars" / "1")
+    bucket.remove("pets/")
+    mirror.look()
+    mirror.look()
+    assert mirror.count("store_last_sync_timestamp_seconds") > before
 
 
 def test_a_policy_does_not_wait_for_a_large_version(
