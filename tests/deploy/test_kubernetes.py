@@ -1,0 +1,577 @@
+"""deploy/kubernetes: what kustomize makes of each overlay, held against Kubernetes' own schemas and
+against what the service and its commands really take; and deploy/compose.yaml.
+"""
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from convoy.__main__ import app
+from service import metrics, policy
+from service.settings import Settings
+from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment
+from tests.deploy.conftest import DEPLOY, found
+from training.job import EXIT
+from training.settings import TrainingSettings
+
+pytestmark = pytest.mark.deploy
+
+KUBERNETES = DEPLOY / "kubernetes"
+OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
+# What a platform puts together of them.
+COMBINED = {
+    "gpu with all": (
+        "gpu",
+        ["autoscale-keda", "monitoring", "shared-models", "canary", "envoy"],
+    ),
+    "cpu on a store": ("cpu", ["object-store", "autoscale", "monitoring"]),
+}
+# The oldest release that has all that is used, and the newest that the schemas know.
+VERSIONS = "1.30", "1.34"
+# A folder with crds/ in it or beside it: CustomResourceDefinitions, without which these are not checked.
+DATA = os.environ.get("CONVOY_TEST_DATA", "")
+CUSTOM = {
+    "keda.sh/v1alpha1/ScaledObject",
+    "monitoring.coreos.com/v1/PodMonitor",
+    "monitoring.coreos.com/v1/PrometheusRule",
+    "serving.kserve.io/v1alpha1/ServingRuntime",
+    "serving.kserve.io/v1beta1/InferenceService",
+}
+
+Manifest = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
+    """What kustomize makes of each overlay, and of overlays with more components."""
+    kubectl = found("kubectl", "it is Kubernetes' client")
+
+    def build(folder: Path) -> list[Manifest]:
+        done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        # Such as of deprecated fields.
+        assert not done.stderr
+        return list(yaml.safe_load_all(done.stdout))
+
+    made = {name: build(KUBERNETES / "overlays" / name) for name in OVERLAYS}
+    for name, (overlay, components) in COMBINED.items():
+        folder = tmp_path_factory.mktemp("combined").resolve()
+
+        def beside(*parts: str, folder: Path = folder) -> str:
+            return os.path.relpath(KUBERNETES.joinpath(*parts), folder)
+
+        kustomization = {
+            "resources": [beside("overlays", overlay)],
+            "components": [beside("components", each) for each in components],
+        }
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), "utf-8")
+        made[name] = build(folder)
+    return made
+
+
+def every(built: dict[str, list[Manifest]], *kinds: str) -> Iterator[tuple[str, Manifest]]:
+    """All manifests, or those of these kinds, with what they are called in messages."""
+    for name, manifests in built.items():
+        for each in manifests:
+            if not kinds or each["kind"] in kinds:
+                yield f"{name}: {each['kind']} {each['metadata']['name']}", each
+
+
+def pod(manifest: Manifest) -> Manifest | None:
+    """The specification of its pods; None where it has none."""
+    spec: Manifest = manifest.get("spec", {})
+    if manifest["kind"] == "ServingRuntime":
+        return spec
+    if manifest["kind"] == "CronJob":
+        spec = spec["jobTemplate"]["spec"]
+    found: Manifest | None = spec.get("template", {}).get("spec")
+    return found
+
+
+def pods(built: dict[str, list[Manifest]]) -> Iterator[tuple[str, Manifest]]:
+    for what, manifest in every(built):
+        if spec := pod(manifest):
+            yield what, spec
+
+
+def containers(spec: Manifest) -> list[Manifest]:
+    return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+def variables(container: Manifest, manifests: list[Manifest]) -> dict[str, str]:
+    """The environment that a container gets, without what is only known in the cluster."""
+    named = {m["metadata"]["name"]: m for m in manifests if m["kind"] == "ConfigMap"}
+    found: dict[str, str] = {}
+    for source in container.get("envFrom", []):
+        if "configMapRef" in source:
+            found |= named[source["configMapRef"]["name"]]["data"]
+    return found | {e["name"]: e["value"] for e in container.get("env", []) if "value" in e}
+
+
+def check_schemas(tools: Path, version: str, manifests: list[Manifest]) -> dict[str, Any]:
+    crds = next((f for f in (Path(DATA, "crds"), Path(DATA).parent / "crds") if f.is_dir()), None)
+    script = Path(__file__).with_name("schemas.py")
+    done = subprocess.run(
+        [tools / "python", "-P", script, version, *([crds] if DATA and crds else [])],
+        input=yaml.safe_dump_all(manifests),
+        capture_output=True,
+        env=environment(PYTHONPATH=""),
+        text=True,
+        timeout=4 * TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_manifest_keeps_to_the_schemas(
+    version: str, built: dict[str, list[Manifest]], tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifests = [each for _, each in every(built)]
+    result = check_schemas(tools, version, manifests)
+    assert not result["wrong"]
+    with capsys.disabled():
+        print(f"\n  {version}: {result['checked']} manifests; without schema {result['unknown']}")
+    assert set(result["unknown"]) == (set() if DATA else CUSTOM)
+
+
+def test_the_check_finds_what_is_wrong(built: dict[str, list[Manifest]], tools: Path) -> None:
+    deployment = copy.deepcopy(next(each for _, each in every(built, "Deployment")))
+    deployment["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
+    assert "readinesProbe" in check_schemas(tools, VERSIONS[0], [deployment])["wrong"][0]
+    if DATA:
+        scaled = copy.deepcopy(next(each for _, each in every(built, "ScaledObject")))
+        scaled["spec"]["triggers"][0]["metricTyp"] = "Value"
+        assert "metricTyp" in check_schemas(tools, VERSIONS[0], [scaled])["wrong"][0]
+
+
+def test_what_manifests_name_is_there(built: dict[str, list[Manifest]]) -> None:
+    for overlay, manifests in built.items():
+        there = {(m["kind"], m["metadata"]["name"]) for m in manifests}
+        assert len(there) == len(manifests)
+        wanted: set[tuple[str, str]] = set()
+        labels = []
+        for manifest in manifests:
+            spec = manifest.get("spec", {})
+            if target := spec.get("scaleTargetRef"):
+                wanted.add((target.get("kind", "Deployment"), target["name"]))
+                # Who scales says how many there are.
+                [scaled] = [
+                    m
+                    for m in manifests
+                    if m["kind"] == "Deployment" and m["metadata"]["name"] == target["name"]
+                ]
+                assert "replicas" not in scaled["spec"]
+            body = pod(manifest)
+            if body is None or manifest["kind"] == "ServingRuntime":
+                continue
+            outer = spec["jobTemplate"]["spec"] if manifest["kind"] == "CronJob" else spec
+            template = outer["template"]["metadata"]["labels"]
+            if manifest["kind"] == "Job":
+                template = template | {"batch.kubernetes.io/job-name": manifest["metadata"]["name"]}
+            labels.append(template)
+            if "serviceAccountName" in body:
+                wanted.add(("ServiceAccount", body["serviceAccountName"]))
+            mounted = {m["name"] for c in containers(body) for m in c.get("volumeMounts", [])}
+            assert mounted == {volume["name"] for volume in body.get("volumes", [])}
+            for volume in body.get("volumes", []):
+                if "configMap" in volume:
+                    wanted.add(("ConfigMap", volume["configMap"]["name"]))
+                if "persistentVolumeClaim" in volume:
+                    wanted.add(
+                        ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
+                    )
+            for container in containers(body):
+                wanted |= {
+                    ("ConfigMap", source["configMapRef"]["name"])
+                    for source in container.get("envFrom", [])
+                    if "configMapRef" in source
+                }
+        assert wanted <= there, overlay
+        for kind, path in SELECTORS.items():
+            for manifest in (m for m in manifests if m["kind"] == kind):
+                selector = manifest["spec"]
+                for part in path:
+                    selector = selector[part]
+                # A policy for what may train is there before something trains.
+                if manifest["metadata"]["name"] != "convoy-training":
+                    assert any(selector.items() <= each.items() for each in labels), manifest
+
+
+SELECTORS = {
+    "Service": ("selector",),
+    "PodDisruptionBudget": ("selector", "matchLabels"),
+    "NetworkPolicy": ("podSelector", "matchLabels"),
+    "PodMonitor": ("selector", "matchLabels"),
+}
+
+
+def test_names_of_ports_are_those_of_containers(built: dict[str, list[Manifest]]) -> None:
+    for manifests in built.values():
+        ports = {
+            port["name"]: port["containerPort"]
+            for manifest in manifests
+            for container in (pod(manifest) or {"containers": []})["containers"]
+            for port in container.get("ports", [])
+        }
+        asked = {
+            m["port"]
+            for _, monitor in every({"": manifests}, "PodMonitor")
+            for m in monitor["spec"]["podMetricsEndpoints"]
+        }
+        asked |= {
+            p["targetPort"]
+            for _, s in every({"": manifests}, "Service")
+            for p in s["spec"]["ports"]
+            if "targetPort" in p
+        }
+        assert asked <= ports.keys()
+        assert ports.get("grpc", Settings.port) == Settings.port
+        assert ports.get("h2c", Settings.port) == Settings.port
+        assert ports.get("metrics", Settings.metrics_port) == Settings.metrics_port
+
+
+@pytest.mark.parametrize("kind", ["serve", "train"])
+def test_commands_and_variables_are_what_the_command_line_takes(
+    kind: str, built: dict[str, list[Manifest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {f"CONVOY_{field.name.upper()}" for field in fields(Settings)}
+    seen = 0
+    for overlay, manifests in built.items():
+        for what, spec in pods({overlay: manifests}):
+            for container in spec["containers"]:
+                words = [*container.get("command", []), *container.get("args", [])]
+                if words[:2] == ["sh", "/retrain/retrain.sh"]:
+                    words[:2] = ["convoy", "train", "--retrain"]
+                if words[:2] != ["convoy", kind]:
+                    continue
+                seen += 1
+                given = variables(container, manifests)
+                ours = {name for name in given if name.startswith("CONVOY_")}
+                assert ours <= known, what
+                with monkeypatch.context() as patched:
+                    for name in os.environ:
+                        if name.startswith("CONVOY_"):
+                            patched.delenv(name)
+                    for name, value in given.items():
+                        patched.setenv(name, value)
+                    _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
+                [settings] = [
+                    each
+                    for each in bound.arguments.values()
+                    if isinstance(each, Settings | TrainingSettings)
+                ]
+                if isinstance(settings, Settings):
+                    _check_served(what, settings, spec)
+                else:
+                    # Nothing else outlasts the pod, and the root file system can't be written to.
+                    assert settings.models == Path("/models"), what
+                    assert settings.checkpoints.is_relative_to("/training"), what
+    assert seen
+
+
+def _check_served(what: str, settings: Settings, spec: Manifest) -> None:
+    """What the pod's specification has to have, for these settings."""
+    grace_s = spec.get("terminationGracePeriodSeconds", 30)
+    assert grace_s > settings.shutdown_delay_s + settings.drain_grace_s + 2, what
+    # Endpoints and proxies take a few seconds, so a delay there must be.
+    assert settings.shutdown_delay_s >= 5, what
+    assert settings.max_connection_age_s > 0, what
+    [container] = spec["containers"]
+    card = "nvidia.com/gpu" in container["resources"]["limits"]
+    assert settings.device == ("cuda" if card else "cpu"), what
+    assert container["image"] == ("convoy:gpu" if card else container["image"]), what
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    if isinstance(settings.models, str):
+        assert settings.models_cache
+        assert any(settings.models_cache.is_relative_to(mount) for mount in mounts), what
+    probes = {name: container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
+    for probe in probes.values():
+        assert probe["grpc"]["port"] == settings.port, what
+    names = {name: probe["grpc"]["service"] for name, probe in probes.items()}
+    assert names == PROBES, what
+    # A process that is slow to start is not taken for dead: ten minutes.
+    assert probes["startup"]["failureThreshold"] * probes["startup"]["periodSeconds"] >= 600, what
+
+
+PROBES = {
+    "startup": "convoy.v1.ImageClassifier",
+    "readiness": "convoy.v1.ImageClassifier",
+    "liveness": "",
+}
+
+
+def test_probes_ask_for_what_the_service_says(models: Path) -> None:
+    def serving(name: str) -> bool:
+        request = health_pb2.HealthCheckRequest(service=PROBES[name])
+        response = health.Check(request, timeout=TIMEOUT_S)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    with (
+        closing(Server("--shutdown-delay-s", "60", models=models)) as server,
+        server.ready().channel() as channel,
+    ):
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        assert all(serving(name) for name in PROBES)
+        server.send(signal.SIGTERM)
+        deadline = time.monotonic() + TIMEOUT_S
+        while serving("readiness"):
+            assert time.monotonic() < deadline
+        assert serving("liveness")
+
+
+def test_pods_keep_to_the_restricted_pod_security_standard(
+    built: dict[str, list[Manifest]],
+) -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/, and more."""
+    for what, spec in pods(built):
+        whole = spec.get("securityContext", {})
+        runtime = "supportedModelFormats" in spec  # KServe makes a pod of it
+        assert runtime or spec["automountServiceAccountToken"] is False, what
+        assert runtime or spec["enableServiceLinks"] is False, what
+        for name in ("hostNetwork", "hostPID", "hostIPC", "hostUsers"):
+            assert not spec.get(name), what
+        allowed = {"configMap", "emptyDir", "persistentVolumeClaim"}
+        for volume in spec.get("volumes", []):
+            assert volume.keys() - {"name"} <= allowed, what
+            assert volume.get("emptyDir", {"sizeLimit": 1}).get("sizeLimit"), what
+        for container in containers(spec):
+            own = whole | container["securityContext"]
+            assert own["runAsNonRoot"] is True, what
+            assert own["runAsUser"] == 10001, what
+            assert own["seccompProfile"] == {"type": "RuntimeDefault"}, what
+            assert own["allowPrivilegeEscalation"] is False, what
+            assert own["readOnlyRootFilesystem"] is True, what
+            assert own["capabilities"] == {"drop": ["ALL"]}, what
+            assert not any("hostPort" in port for port in container.get("ports", [])), what
+            limits, requests = (container["resources"][which] for which in ("limits", "requests"))
+            assert {"cpu", "memory"} <= limits.keys() & requests.keys(), what
+            # Threads are counted from the limit, and memory that is not there kills.
+            assert all(limits[name] == requests[name] for name in ("cpu", "memory")), what
+            name, _, tag = container["image"].partition(":")
+            assert name == "envoyproxy/envoy" or tag in {"cpu", "gpu", "train", "next"}, what
+            assert tag, what
+
+
+def test_a_pod_without_a_card_that_works_serves_nothing(built: dict[str, list[Manifest]]) -> None:
+    [(_, deployment)] = every({"gpu": built["gpu"]}, "Deployment")
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    given = variables(container, built["gpu"])
+    assert given["CONVOY_DEVICE"] == "cuda"
+    # As it is here.
+    words = [
+        sys.executable,
+        "-m",
+        "convoy",
+        *container["args"],
+        "--models",
+        "models",
+        "--port",
+        "0",
+    ]
+    done = subprocess.run(
+        [*words, "--metrics-port", "0", "--models-cache", "cache"],
+        capture_output=True,
+        cwd=REPOSITORY,
+        env=environment(**given, CUDA_VISIBLE_DEVICES=""),
+        text=True,
+        timeout=4 * TIMEOUT_S,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "ready in" not in done.stderr
+    assert "cuda" in done.stderr
+
+
+def test_machines_that_train_together_find_each_other(built: dict[str, list[Manifest]]) -> None:
+    manifests = built["train-distributed"]
+    [(_, job)] = every({"": manifests}, "Job")
+    [(_, service)] = every({"": manifests}, "Service")
+    spec, name = job["spec"], job["metadata"]["name"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] > 1
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    [container] = spec["template"]["spec"]["containers"]
+    names = [each["name"] for each in container["env"]]
+    # Kubernetes puts in what stands before.
+    assert names.index("INDEX") < names.index("TF_CONFIG")
+    text = variables(container, manifests)["TF_CONFIG"]
+    [port] = [each["containerPort"] for each in container["ports"]]
+    domain = service["metadata"]["name"]
+    for index in range(spec["completions"]):
+        config = json.loads(text.replace("$(INDEX)", str(index)))
+        assert config["task"] == {"type": "worker", "index": index}
+        # As the Job controller names its pods.
+        workers = [f"{name}-{each}.{domain}:{port}" for each in range(spec["completions"])]
+        assert config["cluster"] == {"worker": workers}
+
+
+@pytest.mark.parametrize(("status", "ends"), [(0, 0), (3, 0), (4, 0), (1, 1), (137, 137)])
+def test_a_job_fails_only_where_the_retraining_did(
+    status: int, ends: int, retrain: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    with retrain(f'echo "$@"; exit {status}') as job:
+        said, _ = job.communicate(timeout=TIMEOUT_S)
+    assert said == "train --retrain --base=/models/digits\n"
+    assert job.returncode == ends
+    assert (ends == 0) == (status in {EXIT["published"], EXIT["not-better"], EXIT["nothing-new"]})
+
+
+def test_a_job_that_is_told_to_stop_tells_the_training(
+    retrain: Callable[[str], subprocess.Popen[str]],
+) -> None:
+    with retrain(
+        "trap 'sleep 0.2; echo told; exit 143' TERM; echo on; while :; do sleep 0.05; done"
+    ) as job:
+        assert job.stdout
+        assert job.stdout.readline() == "on\n"
+        job.terminate()
+        assert job.stdout.readline() == "told\n"
+        assert job.wait(TIMEOUT_S) == 143
+
+
+@pytest.fixture
+def retrain(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
+    """Runs the CronJob's script with a `convoy` that does what is said."""
+
+    def run(convoy: str) -> subprocess.Popen[str]:
+        program = tmp_path / "convoy"
+        program.write_text(f"#!/bin/sh\n{convoy}\n", encoding="ascii")
+        program.chmod(0o755)
+        return subprocess.Popen(
+            ["sh", KUBERNETES / "overlays" / "retrain" / "retrain.sh", "--base=/models/digits"],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
+
+
+def test_a_volume_begins_with_the_models_of_the_image_and_keeps_what_it_has(tmp_path: Path) -> None:
+    volume, policies = tmp_path / "volume", KUBERNETES / "components" / "canary"
+    volume.mkdir()
+
+    def seed(models: Path) -> None:
+        script = KUBERNETES / "components" / "shared-models" / "seed.sh"
+        subprocess.run(
+            ["sh", script, models, policies, volume],
+            check=True,
+            env={"PATH": os.environ["PATH"], "HOSTNAME": "pod"},
+            timeout=TIMEOUT_S,
+        )
+
+    seed(REPOSITORY / "models")
+    assert sorted(path.name for path in volume.iterdir()) == ["cifar10", "digits"]
+    made = (REPOSITORY / "models").rglob("*")
+    assert all(
+        (volume / path.relative_to(REPOSITORY / "models")).read_bytes() == path.read_bytes()
+        for path in made
+        if path.is_file()
+    )
+    canary = policy.read(volume / "digits")
+    assert canary.canary
+    assert canary.canary.share == 0.1
+    assert policy.read(volume / "cifar10") == policy.Policy()
+    # Others have changed both since.
+    (volume / "digits" / "versions.toml").write_text("serve = [1]\n", encoding="ascii")
+    other = tmp_path / "other"
+    (other / "digits" / "1").mkdir(parents=True)
+    (other / "letters" / "1").mkdir(parents=True)
+    seed(other)
+    assert sorted(path.name for path in volume.iterdir()) == ["cifar10", "digits", "letters"]
+    assert policy.read(volume / "digits").pinned == [1]
+    assert (volume / "digits" / "1" / "manifest.json").exists()
+
+
+def test_autoscalers_ask_for_metrics_that_there_are(built: dict[str, list[Manifest]]) -> None:
+    queries = [
+        trigger["metadata"]["query"]
+        for _, scaled in every(built, "ScaledObject")
+        for trigger in scaled["spec"]["triggers"]
+    ]
+    assert queries
+    for query in queries:
+        for name in re.findall(r"convoy_\w+", query):
+            family = re.sub(r"^convoy_|_(sum|count|bucket)$", "", name)
+            assert metrics._FAMILIES[family].kind == "histogram"
+
+
+def test_the_operator_gets_the_rules_of_prometheus(built: dict[str, list[Manifest]]) -> None:
+    [(_, rule)] = every({"": built["monitoring"]}, "PrometheusRule")
+    groups = [
+        group
+        for file in sorted((DEPLOY / "prometheus").glob("*.rules.yaml"))
+        for group in yaml.safe_load(file.read_text("utf-8"))["groups"]
+    ]
+    assert groups
+    assert rule["spec"]["groups"] == groups
+    [dashboard] = [
+        each
+        for _, each in every({"": built["monitoring"]}, "ConfigMap")
+        if each["metadata"]["labels"].get("grafana_dashboard") == "1"
+    ]
+    [text] = dashboard["data"].values()
+    assert json.loads(text)["panels"]
+
+
+def test_compose_names_what_is_there() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
+    card = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text("utf-8"))
+    services = compose["services"]
+    targets = {
+        service["build"]["target"]
+        for each in (compose, card)
+        for service in each["services"].values()
+        if "build" in service
+    }
+    stages = re.findall(
+        r"^FROM .* AS (\S+)$", (REPOSITORY / "Dockerfile").read_text("utf-8"), re.MULTILINE
+    )
+    assert targets == {"serve", "serve-gpu", "train"}
+    assert targets <= set(stages)
+    known = {f"CONVOY_{field.name.upper()}" for field in fields(Settings)}
+    given = services["convoy"]["environment"] | card["services"]["convoy"]["environment"]
+    assert given.keys() <= known
+    grace_s = float(given["CONVOY_SHUTDOWN_DELAY_S"]) + float(given["CONVOY_DRAIN_GRACE_S"])
+    assert float(services["convoy"]["stop_grace_period"].removesuffix("s")) > grace_s + 2
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        for volume in service["volumes"]:
+            source, _, _ = volume.partition(":")
+            assert (DEPLOY / source).exists() if "/" in source else source in compose["volumes"], (
+                name
+            )
+    # What Prometheus and Grafana read points to the services by name.
+    prometheus = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))
+    [scrape] = prometheus["scrape_configs"]
+    [names] = scrape["dns_sd_configs"]
+    assert names["names"] == ["convoy"]
+    assert names["port"] == Settings.metrics_port
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    sources = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text("utf-8"))
+    assert sources["datasources"][0]["url"] == "http://prometheus:9090"
+    [provider] = yaml.safe_load((provisioning / "dashboards" / "convoy.yaml").read_text("utf-8"))[
+        "providers"
+    ]
+    [mounted] = [v.split(":") for v in services["grafana"]["volumes"] if "dashboards" in v]
+    assert provider["options"]["path"] == mounted[1]
+    assert (DEPLOY / mounted[0] / "convoy.json").exists()
