@@ -10,3 +10,7 @@ _EXPERIMENT = "event_engine_listener"
 _asked = os.environ.get("GRPC_EXPERIMENTS", "")
 if _EXPERIMENT not in _asked:
     os.environ["GRPC_EXPERIMENTS"] = ",".join(filter(None, (_asked, f"-{_EXPERIMENT}")))
+
+# ONNX Runtime, from 1.29 on, tells its makers of each session (names and hashes of graphs among it), and
+# keeps a number for this machine under ~/.cache. It reads this once, as it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
