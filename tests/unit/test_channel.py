@@ -551,3 +551,98 @@ def test_a_wrong_greeting_is_cut_off(
         bare.socket.close()
         with Acceptor(tmp_path / "e") as acceptor:
             acceptor.wait_for((tmp_path / "e", True)).submit(1).answer()
+
+
+# Models that come and go.
+
+
+def versioned(number: int) -> ModelInfo:
+    return ModelInfo("digits", number, INFO.row_shape, INFO.classes, 4, "CPU", f"sha{number}")
+
+
+def telling(number: int) -> Callable[[Rows], Outputs]:
+    """A model whose answers tell which version gave them."""
+    return lambda pixels: model(pixels) + told_by(number)
+
+
+def told_by(version: int) -> Outputs:
+    return np.array([version, 0], np.float32)
+
+
+@inline_or_not
+def test_models_come_and_go_while_rows_are_on_their_way_and_nobody_gets_anothers(
+    tmp_path: Path, inline: bool
+) -> None:
+    path, size = tmp_path / "e", INFO.max_batch_size
+    server = EngineServer(listen(path))
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    changes: queue.Queue[int] = queue.Queue()
+    engines = Engines([str(path)], on_change=lambda path, models: changes.put(len(models)))
+    outcomes: queue.Queue[tuple[int, int, Answer | Exception]] = queue.Queue()
+    submitted, waiting = 0, set[int]()
+    try:
+        assert changes.get(timeout=TIMEOUT_S) == 0
+        before: tuple[Batcher, RemoteBatcher] | None = None
+        for version in range(1, 40):
+            batcher = Batcher(
+                telling(version), INFO.row_shape, size, times=BatchTimes(size), max_wait_s=math.inf
+            )
+            if not inline:
+                batcher.start()
+            info = versioned(version)
+            server.host(Hosted(info, batcher, inline))
+            assert engines.wait_for("digits", version, TIMEOUT_S)
+            remote = RemoteBatcher(engines, info, max_wait_s=math.inf)
+            remote.start()
+            for _ in range(20):
+                number, submitted = submitted, submitted + 1
+                waiting.add(number)
+                remote.submit(
+                    rows(number, number + 1),
+                    lambda outcome, number=number, version=version: outcomes.put(  # type: ignore[misc]
+                        (number, version, outcome)
+                    ),
+                )
+            if before:
+                # First of the acceptor, then of the engine.
+                before[1].close()
+                server.drop(before[0])
+                before[0].close()
+            before = batcher, remote
+        while waiting:
+            number, version, outcome = outcomes.get(timeout=TIMEOUT_S)
+            waiting.remove(number)
+            assert isinstance(outcome, Answer), outcome
+            expected = outputs(number, number + 1) + told_by(version)
+            np.testing.assert_array_equal(outcome.outputs, expected)
+        # One that is gone is refused, and whoever still asks for it keeps his connection.
+        assert before
+        server.drop(before[0])
+        while changes.get(timeout=TIMEOUT_S):
+            pass
+        with pytest.raises(NotReady, match="no engine"):
+            before[1].submit(rows(1), lambda outcome: None)
+        before[0].close()
+        with Bare(path) as bare:
+            bare.submit(7, model=0)
+            assert bare.replies(1) == [(7, 4)]
+            bare.submit(8, model=39)
+            assert bare.is_cut_off(), "no model ever had this number"
+    finally:
+        server.close()
+        thread.join(TIMEOUT_S)
+        engines.close()
+    assert not thread.is_alive()
+    # Nobody serves any more, and nobody waits for that.
+    server.host(Hosted(INFO, batcher, inline))
+
+
+def test_an_engine_has_room_for_so_many_versions_and_no_more(tmp_path: Path) -> None:
+    size = INFO.max_batch_size
+    batcher = Batcher(model, INFO.row_shape, size, times=BatchTimes(size), max_wait_s=math.inf)
+    hosted = [Hosted(versioned(n), batcher, inline=False) for n in range(1025)]
+    with listen(tmp_path / "e") as listener:
+        EngineServer(listener, hosted[:1024])
+        with pytest.raises(ValueError, match="1024 versions at most"):
+            EngineServer(listener, hosted)
