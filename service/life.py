@@ -196,6 +196,7 @@ class Director:
         self._changed = threading.Condition(threading.RLock())
         self._heard: deque[Callable[[], None]] = deque()
         self._look_at = -math.inf
+        self._blind = False  # at the last look nothing could be told
         self._snapshot, self._judge_at = snapshot, math.inf
         self._loading: tuple[str, int] | None = None
         self._begun = False  # everything that was there at the beginning has been judged
@@ -210,7 +211,8 @@ class Director:
         if now >= self._look_at:
             looks = self._look()
             with self._changed:
-                self._see(looks, now)
+                if looks is not None:
+                    self._see(looks, now)
                 self._look_at = now + self._watch_s if self._watch_s else math.inf
         if self._snapshot and now >= self._judge_at:
             counted = self._snapshot()
@@ -518,11 +520,12 @@ class Director:
     def _look_now(self) -> None:
         looks = self._look()
         with self._changed:
-            self._see(looks, self._clock())
+            if looks is not None:
+                self._see(looks, self._clock())
             self._decide()
 
-    def _look(self) -> dict[str, _Look]:
-        """Takes no lock while it reads."""
+    def _look(self) -> dict[str, _Look] | None:
+        """What is on the disk; None where that can't be told just now. Takes no lock while it reads."""
         with self._changed:
             # Old versions that nobody asks for are not looked into.
             idle = {
@@ -532,15 +535,23 @@ class Director:
                 if version.state == IDLE and version.stamp is not None
             }
         looks = {}
-        for name in bundles.names(self.folder):
-            folder = self.folder / name
-            looks[name] = _Look(
-                {
-                    number: None if (name, number) in idle else _stamp(folder / str(number))
-                    for number in bundles.versions(folder)
-                },
-                _stamp_of_policy(folder),
-            )
+        try:
+            for name in bundles.names(self.folder):
+                folder = self.folder / name
+                looks[name] = _Look(
+                    {
+                        number: None if (name, number) in idle else _stamp(folder / str(number))
+                        for number in bundles.versions(folder)
+                    },
+                    _stamp_of_policy(folder),
+                )
+        # A folder that was there a moment ago, or a disk that does not answer.
+        except OSError as error:
+            if not self._blind:
+                log.warning("%s can't be looked at: %s", self.folder, error)
+            self._blind = True
+            return None
+        self._blind = False
         return looks
 
     def _see(self, looks: dict[str, _Look], now: float) -> None:

@@ -388,6 +388,25 @@ def test_a_folder_that_is_deleted_while_it_serves_goes_on_serving(
     assert stage.crew.held == {("pets", 2)}
 
 
+def test_a_disk_that_does_not_answer_for_a_while_changes_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stale(model: Path) -> list[int]:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bundles, "versions", stale)
+        stage.go_on(10)
+        with pytest.raises(UnknownModel):
+            stage.director.load("cars")
+    assert stage.states() == {1: READY}
+    assert stage.reason(1) == ""
+    assert caplog.text.count("can't be looked at: [Errno 116] Stale file handle") == 1
+    write(stage.model)
+    stage.go_on()
+    assert stage.stable == 2
+
+
 def test_a_version_that_is_deleted_while_it_is_loaded_is_forgotten(stage: Stage) -> None:
     stage.crew.slow = True
     write(stage.model)
