@@ -369,6 +369,8 @@ class Store:
         what = sorted((name, each.id, each.size) for name, each in files.items())
         last = self._tries.get(key)
         if last is None or last.what != what:
+            if last:  # what was begun may be of other files
+                shutil.rmtree(self._incoming_place(key), ignore_errors=True)
             last = self._tries[key] = _Try(what)
         elif last.at > self._clock():
             return there

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import itertools
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -343,6 +344,18 @@ def test_wrong_bytes_are_never_taken_and_mended_ones_at_once(
     assert mirror.count("store_last_sync_timestamp_seconds") > before
 
 
+def test_what_stays_wrong_is_tried_less_and_less_often(
+    mirror: Mirror, bucket: Bucket, made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket.add(pets(made, 1))
+    bucket.inside.put(f"pets/1/{MODEL}", bytes((pets(made, 1) / MODEL).stat().st_size))
+    for _ in range(8):
+        mirror.later()
+    waits = [float(wait) for wait in re.findall(r"the next try is in (\d+) s", caplog.text)]
+    bounds = [5, 10, 20, 40, 80, 160, 300, 300]
+    assert all(0.5 * b - 1 <= wait <= b for wait, b in zip(waits, bounds, strict=True)), waits
+
+
 @pytest.mark.parametrize("name", [MODEL, GOLDEN, MANIFEST])
 def test_bytes_that_are_spoilt_on_the_way_are_fetched_again(
     mirror: Mirror, bucket: Bucket, made: Path, name: str
@@ -460,21 +473,18 @@ def test_a_version_that_changes_while_it_is_fetched_is_begun_anew(
 
     def replace(path: str) -> None:
         nonlocal changed
-        mirror.now += 1
+        mirror.now += 6
         if path.endswith(MODEL) and bucket.read_of(MODEL) >= 300 and not changed:
             changed = True
-            other = made / "other" / "1"
-            shutil.copytree(pets(made, 3), other)
-            shutil.copytree(other, made / "new" / "pets" / "1")
-            bucket.add(made / "new" / "pets" / "1")
+            bucket.add(shutil.copytree(pets(made, 3), made / "new" / "pets" / "1"))
 
     bucket.on_read = replace
     mirror.look()
     assert mirror.versions() == []
     mirror.look()
-    mirror.later()
     assert mirror.versions() == [1]
     assert (mirror.folder / "pets" / "1" / MODEL).read_bytes()[-1] == 2
+    assert mirror.count("store_errors", "corrupt") == 0
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -642,6 +652,12 @@ def test_of_two_edits_at_once_the_stores_counts(
     mirror.look()
     mirror.look()
     assert mirror.policy().read_text() == bucket.text(f"pets/{FILE}") == "serve = [1, 1]"
+    # And before we ask what it is that we replace.
+    bucket.on_write = lambda mode: None
+    bucket.on_read = lambda path: bucket.inside.put(f"pets/{FILE}", b"serve = [1, 1, 1]")
+    mirror.policy().write_text("serve = 4")
+    mirror.look()
+    assert bucket.text(f"pets/{FILE}") == "serve = [1, 1, 1]"
 
 
 def test_an_order_given_while_the_stores_policy_is_read_is_not_lost_unsaid(
