@@ -870,7 +870,7 @@ class Director:
         self._loading = (model.name, version.number)
         version.state, version.tried, version.retry_at = LOADING, version.stamp, math.inf
         if self._begun:
-            log.info("%s/%d is loaded", model.name, version.number)
+            log.info("%s/%d is being loaded", model.name, version.number)
         self._show()
         done = partial(self._loaded, model.name, version)
         self._crew.load(
@@ -908,7 +908,7 @@ class Director:
             version.retry_s = min(2 * version.retry_s, _LONGEST_RETRY_S)
 
     def _unload(self, model: _Model, version: _Version) -> None:
-        log.info("%s/%d is drained", model.name, version.number)
+        log.info("%s/%d is being drained", model.name, version.number)
         version.state, version.until = DRAINING, math.inf
         gone = partial(self._unloaded, model.name, version)
         self._crew.unload(model.name, version.number, lambda: self._hear(gone))
