@@ -404,9 +404,11 @@ class _Unary(Call):
             code = Code.OK
             exchange.end(0, message=_serialised(outcome))
         front = route.front
+        whole_s = None
         if not route.always:
             front.ended(self)
-        front.metrics.finished(route.name, self.model, code.name, time.monotonic() - self.arrived)
+            whole_s = time.monotonic() - self.arrived
+        front.metrics.finished(route.name, self.model, code.name, whole_s)
 
 
 def _serialised(message: Message | bytes) -> bytes:

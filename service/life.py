@@ -953,7 +953,10 @@ class Director:
         for model, state in zip(self._models.values(), states, strict=True):
             stable = model.route.stable
             self._metrics.versions(
-                model.name, stable, [(each.version, each.state) for each in state.versions]
+                model.name,
+                stable,
+                [(each.version, each.state) for each in state.versions],
+                next((each.created for each in state.versions if each.version == stable), ""),
             )
             bad = [v for v in state.versions if v.state in (BROKEN, INCOMPLETE)]
             self._metrics.broken_versions(model.name, sum(each.version > stable for each in bad))

@@ -4,6 +4,7 @@ Times are in seconds, sizes in bytes. Label values come from what is served, nev
 Each thread only touches samples of its own: nothing is locked.
 """
 
+import datetime
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -74,6 +75,9 @@ _FAMILIES = {
     ),
     "model_serving_version": _Family(
         "gauge", "The version that answers requests which name none; 0 where none does.", ("model",)
+    ),
+    "model_created_timestamp_seconds": _Family(
+        "gauge", "When that version was made, in seconds since 1970.", ("model",)
     ),
     "model_version_state": _Family(
         "gauge",
@@ -245,9 +249,10 @@ class Metrics:
         self.in_flight: Callable[[], int] = int
         self.held_bytes: Callable[[], int] = int
 
-    def finished(self, call: str, model: str, code: str, whole_s: float) -> None:
+    def finished(self, call: str, model: str, code: str, whole_s: float | None) -> None:
+        """`whole_s`: None for calls that ask for no work, whose times would hide those that do."""
         _add(self._requests, (call, model, code), 1)
-        if model:
+        if model and whole_s is not None:
             self.stage(model, "whole").observe(whole_s)
 
     def stage(self, model: str, stage: str) -> Histogram:
@@ -273,9 +278,21 @@ class Metrics:
     def not_serving(self, model: str, version: int, sha256: str, device: str, variant: str) -> None:
         self._numbers["model_info"].pop((model, str(version), sha256, device, variant), None)
 
-    def versions(self, model: str, stable: int, states: Iterable[tuple[int, str]]) -> None:
-        """What has become of each version of a model, and which is `stable`, 0 for none."""
+    def versions(
+        self, model: str, stable: int, states: Iterable[tuple[int, str]], created: str = ""
+    ) -> None:
+        """What has become of each version of a model; which is `stable`, 0 for none; and when that was
+        `created`, in ISO 8601, "" where nobody knows.
+        """
         self._numbers["model_serving_version"][model,] = stable
+        try:
+            made = datetime.datetime.fromisoformat(created).timestamp()
+            self._numbers["model_created_timestamp_seconds"][model,] = made
+        except (ValueError, OverflowError):
+            self._numbers["model_created_timestamp_seconds"].pop((model,), None)
+        # There before the first: Prometheus sees an increase only of what it knows.
+        for verdict in ("promote", "roll back"):
+            _add(self._numbers["canary_decisions"], (model, verdict), 0)
         known = self._numbers["model_version_state"]
         now: dict[Labels, float] = {}
         for version, state in states:

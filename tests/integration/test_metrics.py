@@ -1,8 +1,10 @@
 import contextlib
 import hashlib
 import http.client
+import json
 import socket
 from collections.abc import Iterator
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -91,6 +93,8 @@ def test_every_stage_of_a_request_is_timed(counted: Server) -> None:
         for part in ("sum", "count")
     )
     assert counts == dict.fromkeys(seconds, 5)
+    # One was refused; ModelMetadata is no work.
+    assert metrics['convoy_stage_seconds_count{model="digits",stage="whole"}'] == 1
     assert 0 < seconds["decode"] + seconds["queue"] + seconds["run"] <= seconds["whole"] < 50
 
 
@@ -109,11 +113,14 @@ def test_latency_buckets_resolve_half_a_millisecond_to_ten_seconds(counted: Serv
 
 
 def test_models_are_described(counted: Server) -> None:
-    onnx = REPOSITORY / "models" / "digits" / "1" / "model.onnx"
-    sha256 = hashlib.sha256(onnx.read_bytes()).hexdigest()
+    folder = REPOSITORY / "models" / "digits" / "1"
+    sha256 = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    created = datetime.fromisoformat(json.loads((folder / "manifest.json").read_bytes())["created"])
     of = f'device="cpu",model="digits",sha256="{sha256}",variant="fp32",version="1"'
     assert counted.metrics()[f"convoy_model_info{{{of}}}"] == 1
     assert counted.metrics()['convoy_model_broken_versions{model="digits"}'] == 0
+    made = counted.metrics()['convoy_model_created_timestamp_seconds{model="digits"}']
+    assert made == created.timestamp()
 
 
 def test_both_formats_parse_and_keep_to_the_naming_rules(counted: Server) -> None:

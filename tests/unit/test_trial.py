@@ -332,7 +332,7 @@ def test_a_candidate_within_its_limits_is_promoted(
     assert judged.reason(2) == ""
     assert not judged.shown("canary_figure")
     assert not judged.shown("canary_limit")
-    assert judged.shown("canary_decisions") == {("pets", "promote"): 1}
+    assert judged.shown("canary_decisions") == {("pets", "promote"): 1, ("pets", "roll back"): 0}
 
 
 def test_a_candidate_beyond_a_limit_is_rolled_back_at_once(
@@ -342,7 +342,7 @@ def test_a_candidate_beyond_a_limit_is_rolled_back_at_once(
     assert judged.route == (1, 0)
     assert "pets/2 is rejected: roll back: over the limit: disagreement" in caplog.text
     assert judged.reason(2).startswith("rejected: roll back: over the limit: disagreement")
-    assert judged.shown("canary_decisions") == {("pets", "roll back"): 1}
+    assert judged.shown("canary_decisions") == {("pets", "promote"): 0, ("pets", "roll back"): 1}
     judged.go_on(10)
     assert judged.route == (1, 0)
 
