@@ -81,7 +81,7 @@ def log_to_stderr(settings: Settings, process: str = "") -> None:
 
 class Load(NamedTuple):
     """A version to load. By others that have it already: `digest` (these contents), `variant` (which
-    graph), and the `device` that engines have it on.
+    graph), the `device` that engines have it on, and `fallback` (why not otherwise).
     """
 
     name: str
@@ -90,6 +90,7 @@ class Load(NamedTuple):
     digest: str = ""
     variant: str = ""
     device: str = ""
+    fallback: str = ""
 
 
 class Present(NamedTuple):
@@ -160,9 +161,9 @@ class _Worker:
         self.bug: BaseException | None = None
         self._stop: Callable[[float], None] = lambda delay_s: os._exit(0)
         self._open = threading.Event()
-        # Those that run the batches, if others do; and on which devices, by model and version.
+        # Those that run the batches, if others do; and what they said of each model and version.
         self._engines: Engines | None = None
-        self._devices: dict[tuple[str, int], str] = {}
+        self._told: dict[tuple[str, int], Load] = {}
         # Orders of callers, on their way to the supervisor.
         self._asked: dict[int, queue.SimpleQueue[ConvoyError | None]] = {}
         self._numbers = itertools.count()
@@ -190,7 +191,7 @@ class _Worker:
         threading.Thread(target=self._listen, args=(crew,), daemon=True).start()
 
     def _load(self, crew: Alone, load: Load, done: Callable[[Loaded | Refused], None]) -> None:
-        self._devices[load.name, load.version] = load.device
+        self._told[load.name, load.version] = load
         crew.load(
             load.name, load.version, load.gently, done, digest=load.digest, variant=load.variant
         )
@@ -327,9 +328,10 @@ class _Worker:
             variant: str = "",
             gently: bool = False,  # noqa: ARG001
         ) -> Made:
-            device = self._devices[bundle.name, bundle.version]
-            batcher = RemoteBatcher(engines, _info(bundle, device), max_wait_s=max_wait_s)
-            return Made(device, variant, batcher)
+            told = self._told[bundle.name, bundle.version]
+            info = _info(bundle, told.device)
+            batcher = RemoteBatcher(engines, info, max_wait_s=max_wait_s)
+            return Made(told.device, variant, batcher, told.fallback)
 
         return make
 
@@ -757,7 +759,10 @@ class Supervisor:
         if loaded:
             first = loaded[0]
             loading.load = load._replace(
-                digest=first.digest, variant=first.variant, device=load.device or first.device
+                digest=first.digest,
+                variant=first.variant,
+                device=load.device or first.device,
+                fallback=load.fallback or next((e.fallback for e in loaded if e.fallback), ""),
             )
             loading.first = loading.first or first
         if loading.engines:
