@@ -7,6 +7,7 @@ BIN := .venv/bin
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I. protos/*.proto
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header --no-annotate $(UPGRADE)
+TRAIN_EXTRAS = --extra cpu --extra mlflow --extra object-store --extra parquet
 
 .PHONY: help
 help: ## List the targets
@@ -84,13 +85,44 @@ docs: install ## Generate the settings tables in README.md and docs/
 
 .PHONY: lock
 lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest versions)
-	$(LOCK) pyproject.toml --extra cpu --output-file locks/cpu.txt
-	$(LOCK) pyproject.toml --extra gpu --output-file locks/gpu.txt
+	$(LOCK) pyproject.toml --extra cpu --extra object-store --output-file locks/cpu.txt
+	$(LOCK) pyproject.toml --extra gpu --extra object-store --output-file locks/gpu.txt
+	$(LOCK) pyproject.toml --extra parquet --constraint locks/cpu.txt --output-file locks/parquet.txt
+	$(LOCK) pyproject.toml $(TRAIN_EXTRAS) --extra train --output-file locks/train.txt
+	$(LOCK) pyproject.toml $(TRAIN_EXTRAS) --extra train-gpu --output-file locks/train-gpu.txt
 	$(LOCK) pyproject.toml --extra cpu --extra train --extra dev --output-file locks/dev.txt
 	$(LOCK) locks/peers.in --output-file locks/peers.txt
+	$(LOCK) locks/build.in --output-file locks/build.txt
 	$(LOCK) locks/deploy.in --output-file locks/deploy.txt
+
+.PHONY: image
+image: ## Build an image: TARGET=serve, serve-gpu or train; ENGINE=docker, podman or buildah
+	deploy/image.sh $(or $(TARGET),serve) $(BUILD_ARGS)
+
+.PHONY: image-test
+image-test: install ## Build the images with buildah, run them with podman, hold them to their promises
+	$(BIN)/pytest tests/deploy/test_image.py
+
+.PHONY: sbom
+sbom: install ## Write what each image installs to dist/*.cdx.json (CycloneDX)
+	@mkdir -p dist
+	for lock in cpu gpu train; do \
+		$(BIN)/uv tool run --from cyclonedx-bom@7.5.0 cyclonedx-py requirements locks/$$lock.txt \
+		--pyproject pyproject.toml --output-reproducible --output-file dist/convoy-$$lock.cdx.json || \
+		exit 1; done
+
+.PHONY: licences
+licences: install ## List the licences of what the images install; fails on copyleft ones
+	@$(BIN)/uv tool run pip-licenses@5.5.5 --python=$(BIN)/python --from=mixed --order=license --with-urls \
+		--partial-match --fail-on="General Public License;GPL" \
+		--packages $$(sed -nE 's/^([a-z0-9._-]+)==.*/\1/p' locks/train.txt | sort -u)
+
+.PHONY: audit
+audit: install ## Look up known vulnerabilities of what the images install: needs PyPI itself, no mirror
+	for lock in cpu gpu parquet train; do \
+		$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes -r locks/$$lock.txt || exit 1; done
 
 .PHONY: clean
 clean: ## Remove .venv, caches and demo runs
-	rm -rf .venv .cache .convoy runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .cache .convoy dist runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
