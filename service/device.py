@@ -138,10 +138,11 @@ def _open(onnx: bytes, data: bytes, device: Device, threads: int, card: Card) ->
             providers.insert(0, (provider, special))
         _preload()
     try:
-        session = ort.InferenceSession(onnx, options, providers=providers)
+        session = _session(onnx, options, providers)
     # ONNX Runtime raises classes of its own that share no base but Exception.
     except Exception as error:
-        raise BrokenVersion(f"ONNX Runtime can't load the model: {error}") from error
+        words = re.sub(r"/proc/self/fd/\d+", "it", str(error))
+        raise BrokenVersion(f"ONNX Runtime can't load the model: {words}") from error
     if session.get_providers()[0] != provider:
         raise BrokenVersion(
             f"device {device} is not to be had: ONNX Runtime took {session.get_providers()[0]}; is "
@@ -153,6 +154,24 @@ def _open(onnx: bytes, data: bytes, device: Device, threads: int, card: Card) ->
             + (f", and {len(strays) - 10} more" if len(strays) > 10 else "")
         )
     return Opened(session, device)
+
+
+def _session(
+    onnx: bytes, options: ort.SessionOptions, providers: list[Any]
+) -> ort.InferenceSession:
+    """From a file that is only in memory, where the system has such. Of bytes, ONNX Runtime's binding
+    for Python keeps a reference, and it holds the interpreter's lock while it reads them: 70 ms for
+    115 MB, in which nobody else is answered.
+    """
+    if not hasattr(os, "memfd_create"):
+        return ort.InferenceSession(onnx, options, providers=providers)
+    memory = os.memfd_create("model", os.MFD_CLOEXEC)
+    try:
+        with open(memory, "wb", closefd=False) as file:
+            file.write(onnx)
+        return ort.InferenceSession(f"/proc/self/fd/{memory}", options, providers=providers)
+    finally:
+        os.close(memory)
 
 
 def _tensorrt_options(onnx: bytes, card: Card) -> dict[str, str]:

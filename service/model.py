@@ -416,6 +416,7 @@ class Model:
         if self._replays:
             self._replays.shutdown()
         self._bound.clear()
+        self._one_more = None
         del self._session
 
     def _replay(self, bound: _Bound) -> Probabilities:
