@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import logging
-import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from service.images import Pixels
 from service.metrics import Metrics, Snapshot, merge
 from service.model import Model
 from service.profile import Bins, Flags, Profile
-from tests.conftest import REPOSITORY
 from tests.integration.models import add_profiled
 from tests.unit.versions import MANIFEST
 from training.data import Dataset
@@ -534,14 +532,6 @@ def test_counts_that_fall_begin_a_window_anew(digits: Digits) -> None:
         service.answer_each(Version(digits.manifest), pixels[:rows], given[:rows], unsure[:rows])
         figures = shown(watch, service.metrics.snapshot(), "drift_window_images")
         assert list(figures.values()) == [images]
-
-
-def test_rules_for_prometheus_name_what_is_shown() -> None:
-    rules = (REPOSITORY / "deploy" / "prometheus" / "drift.rules.yaml").read_text()
-    named = set(re.findall(r"(?<![\w:])convoy_\w+", rules))
-    families = {f"convoy_{name}" for name in Metrics().snapshot()}
-    assert "convoy_drift_alarm" in named
-    assert {name.removesuffix("_total") for name in named} <= families
 
 
 # What it costs.
