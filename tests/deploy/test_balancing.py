@@ -270,6 +270,8 @@ def pixels(image: Any) -> pb.Image:
 
 
 REQUEST = pb.ClassifyRequest(model="steady", images=[pixels(FAST_IMAGE)])
+# No image, but that is found out by the server.
+LARGE_REQUEST = pb.ClassifyRequest(model="steady", images=[pb.Image(encoded=bytes(20_000_000))])
 
 
 @pytest.mark.parametrize("kind", [Client, Nginx, Envoy])
@@ -319,6 +321,10 @@ def test_the_calls_of_one_connection_spread_and_none_fails_while_servers_come_an
         said.append(f"calls {calls}, coefficient of variation {variation:.3f}")
         assert sum(calls) == 200
         assert variation < 0.2
+
+        # More than proxies buffer.
+        large = bare.Classify(LARGE_REQUEST, timeout=TIMEOUT_S)
+        assert large.results[0].error.message
 
         # Who balances for all leaves out a server that is going in time; a client by itself needs its
         # retries.

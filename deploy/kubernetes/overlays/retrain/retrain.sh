@@ -1,15 +1,15 @@
 #!/bin/sh
 # `convoy train --retrain` for a Job, which knows one good end: 3 (what was trained is no better than
 # what serves) and 4 (nothing new to learn from) are such, too.
+
+# A shell hands no signal on by itself. $! is the training, once there is one.
+trap '[ "$!" ] || exit 143; kill -TERM "$!"' TERM INT
 convoy train --retrain "$@" &
-training=$!
-# A shell that is process 1 hands no signal on by itself.
-trap 'kill -TERM "$training"' TERM INT
-wait "$training"
+wait "$!"
 status=$?
 # It was the signal that ended this.
-while kill -0 "$training" 2>/dev/null; do
-    wait "$training"
+while kill -0 "$!" 2>/dev/null; do
+    wait "$!"
     status=$?
 done
 case $status in
