@@ -1,6 +1,6 @@
 """Writes what the documentation takes from the code: flags from their declarations (docs/cli.md,
-README.md), what a real server answers to bad input (docs/bad-input.md); and Prometheus' rules as
-its operator for Kubernetes takes them.
+README.md), what a real server answers to bad input (docs/bad-input.md); Prometheus' rules as its
+operator for Kubernetes takes them; and Grafana's dashboard.
 
 `--check` writes nothing and exits with 1 where a file would change.
 """
@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 from convoy.__main__ import app
+from deploy.grafana.make import dashboard
 from tests.integration import bad_input
 
 ROOT = Path(__file__).resolve().parent.parent
+DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "convoy.json"
 RULES = ROOT / "deploy" / "kubernetes" / "components" / "monitoring" / "rules.yaml"
 MARKERS = re.compile(r"(<!-- settings of `convoy serve` -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -70,6 +72,7 @@ def main() -> int:
         ROOT / "docs" / "cli.md": cli,
         ROOT / "docs" / "bad-input.md": BAD_INPUT + bad_input.table(),
         RULES: prometheus_rule(),
+        DASHBOARD: dashboard(),
         readme: MARKERS.sub(
             lambda m: m[1] + settings_table() + m[2], readme.read_text(encoding="utf-8")
         ),
