@@ -342,8 +342,8 @@ class Metrics:
     def broken_versions(self, model: str, count: int) -> None:
         self._numbers["model_broken_versions"][model,] = count
 
-    def observer_failed(self, model: str) -> None:
-        _add(self._numbers["observer_failures"], (model,), 1)
+    def observer_failed(self, model: str, times: int = 1) -> None:
+        _add(self._numbers["observer_failures"], (model,), times)
 
     def fallback(self, model: str, has: bool) -> None:
         self._numbers["model_fallback"][model,] = has

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from service import bundle as bundles
 from service import images
+from service.aside import Proof, quietly
 from service.batcher import Answer, Batch, Batcher, BatchTimes
 from service.bundle import Bundle, Probabilities
 from service.canary import Canary, Decision, position
@@ -98,6 +99,7 @@ class Served:
             self.thresholds = [max(thresholds.unsure, own) for own in thresholds.per_class]
             metrics.unsure(self.name, 0)
         self._decoders, self._metrics, self._settings = decoders, metrics, settings
+        metrics.observer_failed(self.name, 0)
         self.image_bytes = math.prod(self.manifest.pixels.shape)
         self._decode_s = metrics.stage(self.name, "decode")
         self._queue_s = metrics.stage(self.name, "queue")
@@ -336,9 +338,16 @@ class Made(NamedTuple):
 
 
 class Make(Protocol):
-    def __call__(self, bundle: Bundle, variant: str = "", gently: bool = False) -> Made:
+    def __call__(
+        self,
+        bundle: Bundle,
+        variant: str = "",
+        gently: bool = False,
+        proof: Proof | None = None,
+    ) -> Made:
         """A batcher for the version, when it has proved itself. `variant`: which graph, where others
-        have decided that; `gently`: others are served meanwhile. Raises BrokenVersion.
+        have decided that; `gently`: others are served meanwhile; `proof`: of another process on this
+        machine. Raises BrokenVersion.
         """
 
 
@@ -354,10 +363,13 @@ def runs_here(
     """
     trials = trials or Trials(settings, metrics)
 
-    def make(bundle: Bundle, variant: str = "", gently: bool = False) -> Made:
+    def make(
+        bundle: Bundle, variant: str = "", gently: bool = False, proof: Proof | None = None
+    ) -> Made:
         name, version, size = bundle.name, bundle.version, bundle.manifest.max_batch_size
         wanted = variant or settings.variant
-        model = Model.load(
+        load = partial(
+            Model.load,
             bundle,
             settings.device,
             budget.run_threads,
@@ -365,7 +377,13 @@ def runs_here(
             card=Card(settings.gpu_memory_mb, settings.cuda_graphs),
             deterministic=settings.deterministic,
             gently=gently,
+            proved=proof is not None,
         )
+        # A session has threads of its own, which stay as slow as the one that has made it; but not
+        # for one core.
+        model = quietly(load) if proof and budget.run_threads == 1 else load()
+        if proof:
+            model.fallback = model.fallback or proof.fallback
         if model.fallback:
             log.warning("%s/%d %s", name, bundle.version, model.fallback)
         if wanted not in ("fastest", model.variant):
@@ -374,7 +392,12 @@ def runs_here(
                 name, bundle.version, wanted, model.variant,
             )  # fmt: skip
         times = BatchTimes(size)
-        model.measure(bundle, times.record, gently=gently)
+        if proof:
+            # Shared out evenly, at best. Every run mends it.
+            for rows, seconds in proof.seconds:
+                times.record(rows, seconds / budget.run_threads)
+        else:
+            model.measure(bundle, times.record, gently=gently)
 
         def record(batch: Batch) -> None:
             metrics.batch(name, batch.rows, batch.run_s, batch.failed, batch.late_rows)
@@ -547,13 +570,17 @@ class Repository:
         digest: str = "",
         variant: str = "",
         gently: bool = False,
+        proof: Proof | None = None,
     ) -> Loaded:
         """Loads a version aside, has it prove itself, and warms it: then it can be asked by its
         number. One that is loaded stays as it is.
 
         `digest`: only these contents; `variant`: which graph, where others have decided that;
-        `gently`: in a small share of the CPU. Raises BrokenVersion.
+        `gently`: in a small share of the CPU; `proof`: it has proved itself in another process of
+        this machine. Raises BrokenVersion.
         """
+        if proof:
+            digest, variant = digest or proof.digest, variant or proof.variant
         known = self._models.get(name, _NOTHING).versions.get(version)
         if known and variant in ("", known.variant):
             return _loaded(known, digest)
@@ -563,7 +590,7 @@ class Repository:
             bundle = bundles.read(self.folder / name / str(version))
             if digest not in ("", bundle.digest):
                 raise BrokenVersion(_CHANGED.format(bundle.folder))
-            made = self._make(bundle, variant, gently)
+            made = self._make(bundle, variant, gently, proof)
         except BrokenVersion:
             raise
         # Whatever is wrong with one version, the others and the other models can be served.
