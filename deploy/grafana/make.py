@@ -494,7 +494,6 @@ def _choice(name: str, label: str, text: str) -> dict[str, Any]:
         "type": "query",
         "datasource": SOURCE,
         "query": {"query": text, "refId": name},
-        "definition": text,
         "refresh": 2,
         "sort": 1,
         "multi": True,
