@@ -41,5 +41,5 @@ esac
 # shellcheck disable=SC2086
 $build --target "$target" --tag "convoy:$tag" --tag "convoy:$version-$tag" \
     --secret "id=pip,src=$secrets/pip.conf" ${ca:+--secret "id=ca,src=$ca"} \
-    --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD || echo unknown)" \
+    --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
     "$@" .

@@ -37,12 +37,13 @@ from tests.deploy.conftest import found
 from tests.integration.conftest import classifier_on
 from tests.integration.pictures import raw, solid
 
-pytestmark = pytest.mark.deploy
+# A whole build, on a slow machine.
+BUILD_S = 3600
+
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(BUILD_S)]
 
 STAND_IN = "localhost/convoy-stand-in:python3.11-bookworm"
 READY = "convoy.v1.ImageClassifier"
-# A whole build, on a slow machine.
-BUILD_S = 3600
 
 # As strict as Kubernetes's restricted policy, and then some: nothing can be written anywhere.
 LOCKED = ["--read-only", "--read-only-tmpfs=false", "--cap-drop=ALL", "--memory=1g"]
@@ -190,7 +191,9 @@ class Container:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        subprocess.run(["podman", "rm", "--force", "--time=0", self.id], capture_output=True)
+        subprocess.run(
+            ["podman", "rm", "--force", "--time=0", "--volumes", self.id], capture_output=True
+        )
 
 
 @pytest.fixture
@@ -203,7 +206,7 @@ def root(serve: str) -> Iterator[Path]:
 def config(image: str) -> dict[str, Any]:
     (found,) = json.loads(run("podman", "image", "inspect", image))
     described: dict[str, Any] = found["Config"]
-    return {**described, "Healthcheck": found["Healthcheck"]}
+    return {**described, "Healthcheck": found.get("Healthcheck")}
 
 
 def test_the_image_says_how_it_is_run(serve: str) -> None:
