@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 
 from service import bundle as bundles
 from service import policy as policies
+from service.aside import Proof
 from service.bundle import Manifest
 from service.canary import Canary, Counts, Decision, judge
 from service.errors import (
@@ -76,6 +77,10 @@ class Refused(NamedTuple):
 
     reason: str
     passing: bool = False
+
+    @classmethod
+    def by(cls, error: BrokenVersion) -> "Refused":
+        return cls(str(error), isinstance(error.__cause__, (OSError, MemoryError)))
 
 
 class Crew(Protocol):
@@ -1053,8 +1058,15 @@ def _missing(manifest: Manifest, stamp: _Stamp) -> str:
 class Alone:
     """The crew where one process does everything: its Repository, and a thread that loads."""
 
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
+    def __init__(
+        self,
+        repository: Repository,
+        prove: Callable[[str, int], Proof | None] = lambda name, version: None,
+    ) -> None:
+        """`prove`: has a version prove itself in another process, while this one serves; None where
+        that can't be done. Raises BrokenVersion.
+        """
+        self._repository, self._prove = repository, prove
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._busy = False
@@ -1078,16 +1090,17 @@ class Alone:
         *,
         digest: str = "",
         variant: str = "",
+        proof: Proof | None = None,
     ) -> None:
         def work() -> None:
             outcome: Loaded | Refused
             try:
+                proved = proof or (self._prove(name, version) if gently else None)
                 outcome = self._repository.load(
-                    name, version, digest=digest, variant=variant, gently=gently
+                    name, version, digest=digest, variant=variant, gently=gently, proof=proved
                 )
             except BrokenVersion as error:
-                passing = isinstance(error.__cause__, (OSError, MemoryError))
-                outcome = Refused(str(error), passing)
+                outcome = Refused.by(error)
             done(outcome)
 
         self.then(work)

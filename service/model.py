@@ -150,10 +150,12 @@ class Model:
         card: Card = Card(),
         deterministic: bool = False,
         gently: bool = False,
+        proved: bool = False,
     ) -> "Model":
         """Loads a version and has it prove itself on its golden inputs; on a card when every batch
         size that it is run with is warm. `deterministic`: that is the largest alone. `gently`: rests
-        between runs, for others that serve meanwhile.
+        between runs, for others that serve meanwhile. `proved`: it has proved itself in another
+        process of this machine, and shows one answer.
 
         `variant`: which graph, a name in VARIANTS, where the version has it, else fp32. Or
         `fastest`, see `Bundle.fastest`; should that one not prove itself here (int8 may give other
@@ -163,7 +165,7 @@ class Model:
         """
 
         def load(name: str) -> Model:
-            return cls._load(bundle, name, device, threads, card, deterministic, gently)
+            return cls._load(bundle, name, device, threads, card, deterministic, gently, proved)
 
         if variant != "fastest":
             return load(variant if variant in bundle.variants else "fp32")
@@ -193,18 +195,21 @@ class Model:
         card: Card,
         deterministic: bool,
         gently: bool,
+        proved: bool,
     ) -> "Model":
         manifest = bundle.manifest
         shape = () if manifest.fixed_batch else (manifest.max_batch_size, *manifest.pixels.shape)
         card = card._replace(variant=variant, input=manifest.input, largest=shape)
         try:
-            return cls._prepare(bundle, variant, device, threads, card, deterministic, gently)
+            return cls._prepare(
+                bundle, variant, device, threads, card, deterministic, gently, proved
+            )
         except BrokenVersion as error:
             if not card.graphs:
                 raise
             log.warning("%s/%d without CUDA graphs: %s", bundle.name, bundle.version, error)
         card = card._replace(graphs=False)
-        return cls._prepare(bundle, variant, device, threads, card, deterministic, gently)
+        return cls._prepare(bundle, variant, device, threads, card, deterministic, gently, proved)
 
     @classmethod
     def _prepare(
@@ -216,6 +221,7 @@ class Model:
         card: Card,
         deterministic: bool,
         gently: bool,
+        proved: bool,
     ) -> "Model":
         graph = bundle.variants.get(variant, bundle.onnx)
         model = cls(graph, device, threads, card, bundle.data)
@@ -247,7 +253,7 @@ class Model:
                 model.warm(gently)
         except InferenceFailed as error:
             raise BrokenVersion(f"{bundle.folder}: {error}") from error
-        model.prove(bundle, gently)
+        model.prove(bundle, gently=gently, briefly=proved)
         return model
 
     def bind(self, sizes: Sequence[int], classes: int, lanes: int = 1) -> None:
@@ -302,18 +308,20 @@ class Model:
             for size in self.sizes:
                 list(pool.map(run, self._bound[size]))
 
-    def _run_gently(self, pixels: Pixels, gently: bool) -> tuple[Probabilities, float]:
+    def _run_gently(
+        self, pixels: Pixels, gently: bool, clock: Callable[[], float] = time.perf_counter
+    ) -> tuple[Probabilities, float]:
         """The answers, and the seconds that they took."""
-        began = time.perf_counter()
+        began = clock()
         answers = self.run(pixels)
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
         if gently:
             time.sleep(_REST * seconds)
         return answers, seconds
 
-    def prove(self, bundle: Bundle, gently: bool = False) -> None:
+    def prove(self, bundle: Bundle, *, gently: bool = False, briefly: bool = False) -> None:
         """Raises BrokenVersion where it does not give the golden answers, alone and in the largest
-        batch, or in every size that is bound.
+        batch, or in every size that is bound; `briefly`: the first one, alone.
         """
         golden, count = bundle.golden, len(bundle.manifest.labels)
         recorded = golden.variants.get(self.variant, golden.probabilities)
@@ -324,9 +332,10 @@ class Model:
                 f"{bundle.folder}: golden answers of shape {list(recorded.shape)} "
                 f"for {len(golden.pixels)} inputs and {count} labels"
             )
-        for size in self.sizes or {1, bundle.manifest.max_batch_size}:
+        count_golden = 1 if briefly else len(golden.pixels)
+        for size in {1} if briefly else self.sizes or {1, bundle.manifest.max_batch_size}:
             # Whole batches: others would run in other sizes.
-            rows = np.resize(np.arange(len(golden.pixels)), -(-len(golden.pixels) // size) * size)
+            rows = np.resize(np.arange(count_golden), -(-count_golden // size) * size)
             for start in range(0, len(rows), size):
                 chosen = rows[start : start + size]
                 try:
@@ -353,11 +362,16 @@ class Model:
                     )
 
     def measure(
-        self, bundle: Bundle, record: Callable[[int, float], None], *, gently: bool = False
+        self,
+        bundle: Bundle,
+        record: Callable[[int, float], None],
+        *,
+        gently: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Tells `record` how many seconds batches take: of every size that is bound; else of one, of
         the largest size, and of those between as long as that takes no longer than a second in all.
-        `gently`: once each, without those between.
+        `gently`: once each, without those between. `clock`: by which seconds are counted.
         """
         largest, pixels = bundle.manifest.max_batch_size, bundle.golden.pixels
         between = [] if gently else [1 << n for n in range(1, (largest - 1).bit_length())]
@@ -365,7 +379,7 @@ class Model:
         for size in self.sizes or dict.fromkeys((1, largest, *between)):
             rows = np.resize(pixels, (size, *pixels.shape[1:]))
             for _ in range(1 if gently else _MEASURED_RUNS):
-                record(size, self._run_gently(rows, gently)[1])
+                record(size, self._run_gently(rows, gently, clock)[1])
                 now = time.perf_counter()
                 if now > ends and not gently:
                     break

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from service import metrics
+from service import aside, metrics
 from service.acceptor import Acceptor, bracketed, no_port
 from service.cpu import split, usable_cores
 from service.drift import Watch
@@ -108,7 +108,10 @@ class _Alone:
         trials = Trials(settings, self._metrics)
         make = runs_here(settings, budget, self._metrics, self._on_bug, trials)
         repository = Repository(folder, settings, budget, self._metrics, make, trials)
-        crew = Alone(repository)
+        crew = Alone(
+            repository,
+            lambda name, version: aside.prove(folder / name / str(version), settings),
+        )
         director = Director(
             folder,
             crew,

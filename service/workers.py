@@ -29,14 +29,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from service import gpu
+from service import aside, gpu
 from service.acceptor import Acceptor, is_short, no_port
+from service.aside import Proof
 from service.batcher import Batcher
 from service.bundle import Bundle
 from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatcher, listen
 from service.cpu import Budget, split, usable_cores
 from service.device import Device
-from service.errors import ConvoyError
+from service.errors import BrokenVersion, ConvoyError
 from service.life import Alone, Director, Refused, leave
 from service.metrics import Metrics, Snapshot, merge
 from service.repository import (
@@ -81,7 +82,8 @@ def log_to_stderr(settings: Settings, process: str = "") -> None:
 
 class Load(NamedTuple):
     """A version to load. By others that have it already: `digest` (these contents), `variant` (which
-    graph), the `device` that engines have it on, and `fallback` (why not otherwise).
+    graph), the `device` that engines have it on, and `fallback` (why not otherwise). `proof`: that it
+    works, of a process that serves nobody.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Load(NamedTuple):
     variant: str = ""
     device: str = ""
     fallback: str = ""
+    proof: Proof | None = None
 
 
 class Present(NamedTuple):
@@ -193,7 +196,13 @@ class _Worker:
     def _load(self, crew: Alone, load: Load, done: Callable[[Loaded | Refused], None]) -> None:
         self._told[load.name, load.version] = load
         crew.load(
-            load.name, load.version, load.gently, done, digest=load.digest, variant=load.variant
+            load.name,
+            load.version,
+            load.gently,
+            done,
+            digest=load.digest,
+            variant=load.variant,
+            proof=load.proof,
         )
 
     def _loaded(self, number: int, load: Load, outcome: Loaded | Refused) -> None:
@@ -327,6 +336,7 @@ class _Worker:
             bundle: Bundle,
             variant: str = "",
             gently: bool = False,  # noqa: ARG001
+            proof: Proof | None = None,  # noqa: ARG001
         ) -> Made:
             told = self._told[bundle.name, bundle.version]
             info = _info(bundle, told.device)
@@ -674,13 +684,25 @@ class Supervisor:
     def load(
         self, name: str, version: int, gently: bool, done: Callable[[Loaded | Refused], None]
     ) -> None:
-        def begin() -> None:
+        def begin(proof: Proof | None = None) -> None:
             engines = any(member.engine for member in self._members)
             number = next(self._numbers)
-            self._loading[number] = _Loading(Load(name, version, gently), done, engines)
+            load = Load(name, version, gently, proof=proof)
+            self._loading[number] = _Loading(load, done, engines)
             self._go_on_loading(number)
 
-        self._post(begin)
+        def prove() -> None:
+            try:
+                proof = aside.prove(self._director.folder / name / str(version), self._settings)
+            except BrokenVersion as error:
+                done(Refused.by(error))
+            else:
+                self._post(partial(begin, proof))
+
+        if gently:
+            threading.Thread(target=prove, name="prove", daemon=True).start()
+        else:
+            self._post(begin)
 
     def route(self, name: str, route: Route, done: Callable[[], None]) -> None:
         def begin() -> None:
@@ -770,7 +792,7 @@ class Supervisor:
             self._go_on_loading(number)
             return
         del self._loading[number]
-        self._loads[load.name, load.version] = loading.load._replace(gently=False)
+        self._loads[load.name, load.version] = loading.load._replace(gently=False, proof=None)
         assert loading.first
         loading.done(loading.first)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from service import bundle as bundles
+from service.aside import Proof
 from service.batcher import Batcher, BatchTimes, Outputs, Rows
 from service.bundle import Bundle
 from service.cpu import split
@@ -55,7 +56,13 @@ class Shop:
         budget = split(1, 1, 0, 1, 1)
         self.repository = Repository(folder, Settings(), budget, self.metrics, self.make)
 
-    def make(self, bundle: Bundle, variant: str = "", gently: bool = False) -> Made:
+    def make(
+        self,
+        bundle: Bundle,
+        variant: str = "",
+        gently: bool = False,
+        proof: Proof | None = None,
+    ) -> Made:
         self.wanted.append((variant, gently))
         if self.fail:
             raise self.fail

@@ -1,5 +1,6 @@
 """How a version gets into several workers, and out of them: with pipes to nobody in their place."""
 
+import queue
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from service.aside import Proof
 from service.cpu import split
+from service.errors import BrokenVersion
 from service.life import Refused
 from service.repository import Loaded, ModelState, Route
 from service.settings import Settings
 from service.workers import Load, Orders, Supervisor, _Member
 
+TIMEOUT_S = 30.0
 FP32 = Loaded("cpu", "fp32", "", "digest")
 INT8 = Loaded("cpu", "int8", "", "digest")
 
@@ -70,7 +74,7 @@ class Crew:
         self.supervisor._hear(self.member(name))
 
     def load(self, version: int = 2) -> None:
-        self.supervisor.load("pets", version, True, self.said.append)
+        self.supervisor.load("pets", version, False, self.said.append)
         self.turn()
 
     def loads(self, name: str) -> list[tuple[int, Load]]:
@@ -98,7 +102,7 @@ def test_engines_load_before_acceptors_and_all_before_it_is_done(crew: Crew) -> 
     crew.load()
     [(number, load)] = crew.loads("engine-0")
     assert crew.loads("engine-1") == [(number, load)]
-    assert load == Load("pets", 2, gently=True)
+    assert load == Load("pets", 2)
     assert crew.asked("acceptor-0") == crew.asked("acceptor-1") == []
     crew.answer("engine-1", "loaded", (number, FP32))
     assert crew.asked("acceptor-0") == []
@@ -230,7 +234,7 @@ def test_a_version_that_serves_is_not_given_up_where_a_new_worker_cannot_load_it
     crew.answer("engine-0", "loaded", (number, Refused("no such file")))
     crew.answer("engine-1", "loaded", (number, FP32))
     assert crew.said == [Refused("no such file")]
-    assert crew.asked("engine-1") == [("load", (number, Load("pets", 2, gently=True)))]
+    assert crew.asked("engine-1") == [("load", (number, Load("pets", 2)))]
 
 
 def test_without_engines_acceptors_do_it_all_and_must_be_there(tmp_path: Path) -> None:
@@ -246,3 +250,34 @@ def test_without_engines_acceptors_do_it_all_and_must_be_there(tmp_path: Path) -
     crew.die("acceptor-1")
     crew.load(3)
     assert crew.said == [FP32], "nobody has shown that it works"
+
+
+def test_what_is_loaded_while_others_serve_proves_itself_first(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = Proof("digest", "int8", "", ((1, 0.001), (16, 0.01)))
+    proving: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    asked: queue.SimpleQueue[Path] = queue.SimpleQueue()
+
+    def prove(folder: Path, settings: Settings) -> Proof:
+        asked.put(folder)
+        outcome = proving.get()
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert isinstance(outcome, Proof)
+        return outcome
+
+    monkeypatch.setattr("service.aside.prove", prove)
+    said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    crew.supervisor.load("pets", 2, True, said.put)
+    assert asked.get(timeout=TIMEOUT_S) == crew.supervisor._director.folder / "pets" / "2"
+    assert crew.asked("engine-0") == []
+    proving.put(BrokenVersion("NaN"))
+    assert said.get(timeout=TIMEOUT_S) == Refused("NaN")
+    crew.supervisor.load("pets", 2, True, said.put)
+    proving.put(proof)
+    assert asked.get(timeout=TIMEOUT_S)
+    while not crew.supervisor._posted:
+        pass
+    [(_, load)] = crew.loads("engine-0")
+    assert load == Load("pets", 2, gently=True, proof=proof)

@@ -1,0 +1,134 @@
+"""Versions that prove themselves in a process of their own."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service import aside
+from service import bundle as bundles
+from service.errors import BrokenVersion
+from service.model import Model
+from service.settings import Settings
+from tests.conftest import TIMEOUT_S
+from tests.integration.models import (
+    COLOURS_BATCH,
+    add_colours,
+    add_slow,
+    add_slow_to_load,
+    add_variants,
+    flip_a_byte,
+)
+
+CPU = Settings(device="cpu")
+
+
+def children() -> set[int]:
+    pid = os.getpid()
+    found = set[int]()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found |= {int(each) for each in (task / "children").read_text().split()}
+    return found
+
+
+def test_it_says_what_has_proved_itself_and_how_long_batches_take(tmp_path: Path) -> None:
+    bundle = add_slow(tmp_path, rounds=20)
+    proof = aside.prove(bundle.folder, CPU)
+    assert proof
+    assert (proof.digest, proof.variant, proof.fallback) == (bundle.digest, "fp32", "")
+    assert {size for size, _ in proof.seconds} == {1, 2, 4}
+    assert all(0 < seconds < TIMEOUT_S for _, seconds in proof.seconds)
+    assert not children()
+
+
+def test_it_refuses_what_any_process_would(tmp_path: Path) -> None:
+    bundle = add_colours(tmp_path)
+    golden = replace(bundle.golden, probabilities=bundle.golden.probabilities[:, ::-1])
+    wrong = bundles.write(tmp_path / "colours", bundle.manifest, bundle.onnx, golden)
+    with pytest.raises(BrokenVersion, match="its answers to the golden inputs are off by"):
+        aside.prove(wrong.folder, CPU)
+    flip_a_byte(bundle.folder / "model.onnx")
+    with pytest.raises(BrokenVersion, match="sha256 is not the manifest's"):
+        aside.prove(bundle.folder, CPU)
+    with pytest.raises(BrokenVersion, match=r"manifest\.json is missing") as refused:
+        aside.prove(tmp_path / "colours" / "9", CPU)
+    assert refused.value.__cause__ is None
+    (tmp_path / "colours" / "9" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(BrokenVersion, match="Is a directory") as refused:
+        aside.prove(tmp_path / "colours" / "9", CPU)
+    assert isinstance(refused.value.__cause__, OSError), "it may be better another time"
+
+
+def test_it_chooses_the_variant_that_all_then_serve(tmp_path: Path) -> None:
+    add_variants(tmp_path, "both")
+    add_variants(tmp_path, "off", off=0.05)
+    fastest = replace(CPU, variant="fastest")
+    both = aside.prove(tmp_path / "both" / "1", fastest)
+    off = aside.prove(tmp_path / "off" / "1", fastest)
+    assert both
+    assert off
+    assert (both.variant, both.fallback) == ("int8", "")
+    assert off.variant == "fp32"
+    assert "serves fp32, not int8" in off.fallback
+
+
+def test_a_graph_that_takes_its_process_down_is_refused(tmp_path: Path) -> None:
+    bundle = add_slow_to_load(tmp_path)
+    outcome: list[BaseException] = []
+
+    def prove() -> None:
+        try:
+            aside.prove(bundle.folder, CPU)
+        except BrokenVersion as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=prove)
+    thread.start()
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (there := children()):
+        assert time.monotonic() < deadline
+    [child] = there
+    os.kill(child, signal.SIGSEGV)
+    thread.join(TIMEOUT_S)
+    assert "ended with status -11" in str(outcome[0])
+
+
+def test_what_has_proved_itself_shows_one_answer_where_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = add_colours(tmp_path)
+    sizes: list[int] = []
+    run = Model.run
+
+    def counted(model: Model, pixels: object) -> object:
+        sizes.append(len(pixels))  # type: ignore[arg-type]
+        return run(model, pixels)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "run", counted)
+    Model.load(bundle, "cpu", proved=True)
+    assert sizes == [1]
+    wrong = replace(bundle.golden, probabilities=bundle.golden.probabilities + np.float32(0.1))
+    with pytest.raises(BrokenVersion, match="off by"):
+        Model.load(replace(bundle, golden=wrong), "cpu", proved=True)
+    sizes.clear()
+    Model.load(bundle, "cpu")
+    assert set(sizes) == {1, COLOURS_BATCH}
+
+
+def test_on_a_card_nothing_is_proved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aside, "expects_card", lambda device: True)
+    assert aside.prove(tmp_path, Settings()) is None
+
+
+def test_a_quiet_thread_is_quiet_and_the_others_are_not() -> None:
+    here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    there = aside.quietly(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+    assert there == min(19, here + 10)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here
+    with pytest.raises(ZeroDivisionError):
+        aside.quietly(lambda: 1 // 0)
