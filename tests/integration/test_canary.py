@@ -91,10 +91,8 @@ WITHIN = {"slower": 200, "swapped": 1000, "nan": 200}
 LIMITS = "after = 150\nmax_error = 0.05\ncompare = 1.0"
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def publish(folder: Path, planted: dict[str, tuple[bytes, bytes, str]], limits: str) -> None:
     """Each of the models in two versions, of which the second is a candidate."""
-    folder = tmp_path_factory.mktemp("canaries")
     file = folder / "rows.onnx"
     file.write_bytes(graph())
     bundle = add("rows", file, AddSettings(models=folder, max_batch_size=8))
@@ -103,12 +101,18 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels[0, 0], pixels[1, 1] = 255, 255
     pixels[:, 0, 0] = 200
     golden = Golden(pixels, Model(graph()).run(pixels))
-    for name, (stable, candidate, table) in PLANTED.items():
+    for name, (stable, candidate, table) in planted.items():
         for onnx_file in (stable, candidate):
             bundles.write(folder / name, bundle.manifest, onnx_file, golden)
-        policy = f"[labels]\nstable = 1\ncanary = 2\n[canary]\n{table}\n{LIMITS}\n"
+        policy = f"[labels]\nstable = 1\ncanary = 2\n[canary]\n{table}\n{limits}\n"
         (folder / name / "versions.toml").write_text(policy)
     shutil.rmtree(folder / "rows")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("canaries")
+    publish(folder, PLANTED, LIMITS)
     return folder
 
 

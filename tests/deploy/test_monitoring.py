@@ -1,0 +1,418 @@
+"""deploy/prometheus and deploy/grafana: the rules by promtool's tests; rules and dashboard on a real
+Prometheus, that watches a real server to which much happens.
+"""
+
+import http.server
+import json
+import math
+import re
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import grpc
+import numpy as np
+import pytest
+import yaml
+
+from protos import classifier_pb2 as pb
+from service import bundle as bundles
+from service import gpu, metrics
+from service.bundle import Golden
+from service.model import Model
+from tests.conftest import REPOSITORY, TIMEOUT_S, Server
+from tests.deploy.conftest import DEPLOY, found
+from tests.deploy.test_balancing import free_ports
+from tests.integration import test_canary as canaries
+from tests.integration.conftest import classifier_on, inference_on
+from tests.integration.models import FAST_IMAGE, NAN_IMAGE, add_colours, add_poison, add_profiled
+from tests.integration.object_store import URL, ObjectStore
+from tests.integration.pictures import raw, solid
+from tests.integration.test_inference_protocol import infer_request, raw_bytes
+from tests.unit import test_job as jobs
+from training.data import Split
+from training.publish import Check, GateClosed
+from training.settings import TrainingSettings
+
+pytestmark = pytest.mark.deploy
+
+RULES = DEPLOY / "prometheus" / "convoy.rules.yaml"
+TESTS = DEPLOY / "prometheus" / "convoy.test.yaml"
+CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
+BOARD = DEPLOY / "grafana" / "dashboards" / "convoy.json"
+PACKAGE = "the package prometheus of Debian"
+
+# Panels that may be empty on the real Prometheus, and why.
+EMPTY = dict.fromkeys(
+    ("Cards: busy", "Cards: memory", "Cards: temperature", "Cards: power"),
+    "the machine need not have a card",
+)
+# What must fire there by what happens, ...
+FIRING = {
+    "ConvoyAvailabilityBudgetBurn",
+    "ConvoyOverload",
+    "ConvoyInferenceFailing",
+    "ConvoyBrokenVersion",
+    "ConvoyCanaryRolledBack",
+    "ConvoyRetrainFailing",
+    "ConvoyDrift",
+    "ConvoyStoreVersionWaits",
+}
+# ... and what must not. Of the others it depends on how fast the machine is.
+SILENT = {
+    "ConvoyDown",
+    "ConvoyTargetDown",
+    "ConvoyRestarting",
+    "ConvoyFallback",
+    "ConvoyModelOld",
+    "ConvoyObserverFailing",
+    "ConvoyStoreStale",
+}
+
+
+def read(file: Path) -> Any:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in read(RULES)["groups"] for rule in group["rules"]]
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [rule for rule in rules() if "alert" in rule]
+
+
+def panels() -> list[dict[str, Any]]:
+    board = json.loads(BOARD.read_text(encoding="utf-8"))
+    return [panel for panel in board["panels"] if panel["type"] != "row"]
+
+
+# The files by themselves.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "rules", RULES), ("test", "rules", TESTS), ("check", "config", "--syntax-only", CONFIG)],
+    ids=["rules", "their tests", "configuration"],
+)  # fmt: skip
+def test_promtool_passes(arguments: tuple[str | Path, ...]) -> None:
+    command = [found("promtool", PACKAGE), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=8 * TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_fires_in_one_test_and_is_silent_in_another() -> None:
+    tested = {
+        (test["alertname"], alert and alert["exp_labels"]["severity"])
+        for case in read(TESTS)["tests"]
+        for test in case["alert_rule_test"]
+        for alert in test["exp_alerts"] or [None]
+    }
+    assert tested == {
+        (alert["alert"], severity)
+        for alert in alerts()
+        for severity in (alert["labels"]["severity"], None)
+    }
+
+
+def test_the_runbook_has_a_section_for_each_alert() -> None:
+    text = (REPOSITORY / "docs" / "runbook.md").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert len(sections) == len(parts) / 2
+    assert sections.keys() == {alert["alert"] for alert in alerts()}
+    for alert in alerts():
+        wanted = f"docs/runbook.md#{alert['alert'].lower()}"
+        assert alert["annotations"]["runbook_url"] == wanted
+    titles = {panel["title"] for panel in panels()}
+    for name, section in sections.items():
+        bold = set(re.findall(r"\*\*(.+?)\*\*", section))
+        assert bold >= {"Means", "Look", "Do"}, name
+        # The others are panels.
+        assert bold <= {"Means", "Look", "Do"} | titles, name
+
+
+def test_rules_panels_and_runbook_name_what_there_is(tmp_path: Path) -> None:
+    known = {f"convoy_gpu_{name}" for name in gpu._FAMILIES}
+    ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    for name, family in metrics._FAMILIES.items():
+        known |= {f"convoy_{name}{end}" for end in ends.get(family.kind, ("",))}
+    known |= set(
+        re.findall(r"^convoy_train_\w+", trained(tmp_path).read_text("utf-8"), re.MULTILINE)
+    )
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    named = set()
+    for path in (RULES, BOARD, REPOSITORY / "docs" / "runbook.md"):
+        text = path.read_text(encoding="utf-8")
+        named |= set(re.findall(r"(?<![\w:])convoy_\w+", text))
+        assert set(re.findall(r"\b(?:job_\w+|convoy):\w+(?::\w+)?", text)) <= recorded
+    assert len(named) > 50
+    assert named <= known
+
+
+# A real Prometheus.
+
+
+def trained(folder: Path) -> Path:
+    """What a job's `--textfile` holds that came through once, and then failed at the gate."""
+    file = folder / "pets.prom"
+    models = folder / "trained"
+    settings = TrainingSettings(
+        data="x", name="pets", models=models, base=models / "pets", retrain=True, textfile=file
+    )
+    assert jobs.train(settings, jobs.Line()) == 0
+    closed = jobs.Line(jobs.dataset(1), checks=(Check("accuracy", "0.95", "0.99", passed=False),))
+    with pytest.raises(GateClosed):
+        jobs.train(settings, closed)
+    return file
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """Shows files of metrics, as Prometheus' node exporter does."""
+
+    extensions_map: ClassVar[dict[str, str]] = {".prom": "text/plain; version=0.0.4"}
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nobody reads it."""
+
+
+class Prometheus:
+    """Watches `targets` (a path for each) by a copy of our rules that do not wait for long."""
+
+    def __init__(self, folder: Path, targets: dict[str, str]) -> None:
+        program = found("prometheus", PACKAGE)
+        folder.mkdir()
+        copied = read(RULES)
+        for group in copied["groups"]:
+            for rule in group["rules"]:
+                if "for" in rule:
+                    rule["for"] = "1s"
+        (folder / "convoy.rules.yaml").write_text(yaml.safe_dump(copied))
+        config = read(CONFIG)
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["rule_files"] = [str(folder / "*.rules.yaml")]
+        [ours] = config["scrape_configs"]
+        config["scrape_configs"] = [
+            {
+                "job_name": ours["job_name"] if path == "/metrics" else "node",
+                "metrics_path": path,
+                "static_configs": [{"targets": [target]}],
+            }
+            for target, path in targets.items()
+        ]
+        file = folder / "prometheus.yml"
+        file.write_text(yaml.safe_dump(config))
+        [port] = free_ports(1)
+        self._url = f"http://127.0.0.1:{port}"
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    program,
+                    f"--config.file={file}",
+                    f"--storage.tsdb.path={folder / 'data'}",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                    "--log.level=warn",
+                ],
+                stdout=log,
+                stderr=log,
+            )
+
+    def ask(self, path: str, **parameters: object) -> Any:
+        """The data of an answer of its API."""
+        url = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            return json.load(answer)["data"]
+
+    def values(self, query: str) -> list[float]:
+        """What the query gives now, without what is no number."""
+        found = [float(each["value"][1]) for each in self.ask("query", query=query)["result"]]
+        return [value for value in found if not math.isnan(value)]
+
+    def firing(self) -> set[str]:
+        return {
+            alert["labels"]["alertname"]
+            for alert in self.ask("alerts")["alerts"]
+            if alert["state"] == "firing"
+        }
+
+    def wait_until(self, so: Callable[[], object]) -> None:
+        """At the end it is not so, or this returns; nothing is thrown: the caller asserts."""
+        deadline = time.monotonic() + 4 * TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self._log.read_text()
+            with suppress(urllib.error.URLError):
+                if so():
+                    return
+            time.sleep(0.2)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.terminate()
+        self._process.wait(TIMEOUT_S)
+
+
+def publish(folder: Path, store: ObjectStore) -> Split:
+    """Uploads models of which some have something wrong; the test images of the digits."""
+    _, data = add_profiled(folder)
+    add_poison(folder)
+    # The one is rolled back soon, the other stays on trial.
+    planted = {
+        "swapped": (canaries.graph(), canaries.graph(swap=128.0), "after = 150"),
+        "alike": (canaries.graph(), canaries.graph(), "share = 0.3\nafter = 1_000_000"),
+    }
+    canaries.publish(folder, planted, "max_error = 0.05\ncompare = 1.0")
+    good = add_colours(folder)
+    # Version 2 gives other answers than its golden ones, version 3 has not come whole.
+    pixels = solid("red")[np.newaxis]
+    wrong = Golden(pixels, Model(good.onnx).run(pixels)[:, ::-1].copy())
+    broken = bundles.write(folder / "colours", good.manifest, good.onnx, wrong)
+    for manifest in folder.glob("*/*/manifest.json"):
+        store.add(manifest.parent)
+    for policy in folder.glob("*/versions.toml"):
+        store.put(f"{policy.parent.name}/versions.toml", policy.read_bytes())
+    store.put("colours/3/manifest.json", (broken.folder / "manifest.json").read_bytes())
+    return data.test
+
+
+@contextmanager
+def asked(server: Server, digits: Split) -> Iterator[None]:
+    """Callers of all kinds, at the same time."""
+    over = threading.Event()
+    rng = np.random.default_rng(0)
+    # Darker than those that the version was judged on.
+    dark = Split(digits.inputs // 2, digits.labels)
+    rows = cycle(range(len(dark)))
+    images = cycle((raw(FAST_IMAGE), raw(NAN_IMAGE)))
+    infer = infer_request("colours", "image")
+    raw_bytes(infer, solid("red")[np.newaxis])
+
+    def drifting(channel: grpc.Channel) -> None:
+        one = pb.Image(encoded=dark.encoded(next(rows)))
+        request = pb.ClassifyRequest(model="digits", images=[one, pb.Image(encoded=b"no image")])
+        classifier_on(channel).Classify(request, timeout=TIMEOUT_S)
+
+    def tried(channel: grpc.Channel) -> None:
+        for name in ("swapped", "alike"):
+            classifier_on(channel).Classify(canaries.request(name, rng), timeout=TIMEOUT_S)
+
+    def poisoned(channel: grpc.Channel) -> None:
+        request = pb.ClassifyRequest(model="poison", images=[next(images)])
+        classifier_on(channel).Classify(request, timeout=TIMEOUT_S)
+
+    def many(channel: grpc.Channel) -> None:
+        calls = [inference_on(channel).ModelInfer.future(infer, TIMEOUT_S) for _ in range(100)]
+        for call in calls:
+            call.exception()
+        over.wait(0.2)
+
+    def ask(call: Callable[[grpc.Channel], None]) -> None:
+        with server.channel() as channel:
+            while not over.is_set():
+                # Refused, most likely: there are more than may be.
+                with suppress(grpc.RpcError):
+                    call(channel)
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask, call) for call in (drifting, tried, poisoned, many)]
+        try:
+            yield
+        finally:
+            over.set()
+        for each in asking:
+            each.result()
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[Prometheus]:
+    """A Prometheus that watches a server which is asked, and what a training job left."""
+    found("prometheus", PACKAGE)
+    (folder / "models").mkdir()
+    file = trained(folder)
+    with ExitStack() as held:
+        store = held.enter_context(ObjectStore())
+        digits = publish(folder / "models", store)
+        arguments = (
+            "--models", URL, "--models-cache", folder / "cache", "--store-watch-s", "0.5",
+            "--watch-s", "0.2", "--engines", "1", "--max-in-flight", "16",
+            "--feedback", folder / "feedback", "--feedback-share", "1", "--feedback-rotate-s", "1",
+            "--drift-window", "200", "--drift-images-per-s", "1e6",
+        )  # fmt: skip
+        server = held.enter_context(Server(*arguments, variables=store.variables())).ready()
+        shown = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), partial(Files, directory=str(folder))
+        )
+        held.enter_context(shown)
+        serving = threading.Thread(target=shown.serve_forever)
+        serving.start()
+        held.callback(serving.join)
+        held.callback(shown.shutdown)
+        targets = {
+            f"127.0.0.1:{server.metrics_port}": "/metrics",
+            f"127.0.0.1:{shown.server_address[1]}": f"/{file.name}",
+        }
+        prometheus = held.enter_context(Prometheus(folder / "prometheus", targets))
+        held.enter_context(asked(server, digits))
+        yield prometheus
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    with watched(tmp_path_factory.mktemp("watched")) as prometheus:
+        yield prometheus
+
+
+def query_of(target: dict[str, Any]) -> str:
+    """A panel's query, for all that there is."""
+    text = str(target["expr"])
+    for name, value in (("$job", ".*"), ("$model", ".*"), ("$__rate_interval", "15s")):
+        text = text.replace(name, value)
+    assert "$" not in text
+    return text
+
+
+def test_no_panel_is_empty(prometheus: Prometheus) -> None:
+    queries = {
+        (panel["title"], target["refId"]): query_of(target)
+        for panel in panels()
+        for target in panel["targets"]
+    }
+    assert {title for title, _ in queries} > EMPTY.keys()
+
+    def empty() -> set[str]:
+        return {
+            title
+            for (title, _), query in queries.items()
+            if title not in EMPTY and not prometheus.values(query)
+        }
+
+    prometheus.wait_until(lambda: not empty())
+    assert not empty()
+    for (title, _), query in queries.items():
+        # Those of cards are at least understood.
+        assert isinstance(prometheus.values(query), list), title
+
+
+def test_alerts_fire_by_what_happens(prometheus: Prometheus) -> None:
+    prometheus.wait_until(lambda: prometheus.firing() >= FIRING)
+    firing = prometheus.firing()
+    assert firing >= FIRING
+    assert not firing & SILENT
