@@ -183,17 +183,24 @@ class Bundle:
 
 def names(models: Path) -> list[str]:
     """The models in a models folder: each folder in it that has at least one version."""
+    return list(listed(models))
+
+
+def listed(models: Path) -> dict[str, list[int]]:
+    """The models in a models folder, by their names in order, and the versions of each."""
     try:
-        return sorted(f.name for f in models.iterdir() if _NAME.fullmatch(f.name) and versions(f))
+        folders = sorted(f for f in models.iterdir() if _NAME.fullmatch(f.name))
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return {}
+    return {folder.name: found for folder in folders if (found := versions(folder))}
 
 
 def versions(model: Path) -> list[int]:
     """The versions in a model's folder, oldest first, whether they are whole or not."""
     if not model.is_dir():
         return []
-    return sorted(int(f.name) for f in model.iterdir() if _VERSION.fullmatch(f.name) and f.is_dir())
+    with os.scandir(model) as entries:
+        return sorted(int(e.name) for e in entries if _VERSION.fullmatch(e.name) and e.is_dir())
 
 
 def is_name(text: str) -> bool:

@@ -541,12 +541,12 @@ class Director:
             }
         looks = {}
         try:
-            for name in bundles.names(self.folder):
+            for name, numbers in bundles.listed(self.folder).items():
                 folder = self.folder / name
                 looks[name] = _Look(
                     {
                         number: None if (name, number) in idle else _stamp(folder / str(number))
-                        for number in bundles.versions(folder)
+                        for number in numbers
                     },
                     _stamp_of_policy(folder),
                 )
@@ -1070,6 +1070,7 @@ class Alone:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._busy = False
+        self._unloading: list[threading.Thread] = []
 
     def start(self) -> None:
         """From now on versions are loaded on a thread; before, on the thread that asks for it."""
@@ -1079,7 +1080,8 @@ class Alone:
     @property
     def busy(self) -> bool:
         """A thread is at what nothing can interrupt, such as loading a version."""
-        return self._busy or not self._work.empty() or self._repository.busy
+        unloading = any(thread.is_alive() for thread in self._unloading)
+        return self._busy or unloading or not self._work.empty() or self._repository.busy
 
     def load(
         self,
@@ -1123,6 +1125,7 @@ class Alone:
 
         # One that drains must not keep others waiting.
         thread = threading.Thread(target=work, name=f"unload {name}/{version}", daemon=True)
+        self._unloading = [each for each in self._unloading if each.is_alive()] + [thread]
         self.then(thread.start)
 
     def show(self, states: Sequence[ModelState]) -> None:

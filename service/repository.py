@@ -608,7 +608,7 @@ class Repository:
             model = self._models.get(name, _NOTHING)
             self._set(name, model.route, {**model.versions, version: served})
         self._metrics.serving(name, version, bundle.sha256, made.device, made.variant)
-        self._metrics.fallback(name, bool(made.fallback))
+        self._tell_fallback(name)
         self._changed()
         return _loaded(served, digest)
 
@@ -616,9 +616,12 @@ class Repository:
         """From now on requests for the model go there."""
         with self._changing:
             self._set(name, route, self._models.get(name, _NOTHING).versions)
+        self._tell_fallback(name)
+        self._changed()
+
+    def _tell_fallback(self, name: str) -> None:
         if served := self._models[name].stable:
             self._metrics.fallback(name, bool(served.fallback))
-        self._changed()
 
     def unload(self, name: str, version: int) -> None:
         """Gives up a version: returns when the requests that are on it are over, and its memory is
