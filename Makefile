@@ -32,8 +32,8 @@ serve: install ## Serve ./models on ports 8001 (gRPC) and 8002 (metrics)
 	$(BIN)/convoy serve
 
 .PHONY: test
-test: install ## Run all tests
-	$(BIN)/pytest
+test: install ## Run all tests but those of deploy/
+	$(BIN)/pytest -m "not deploy"
 
 .PHONY: unit
 unit: install ## Run the tests that take seconds
