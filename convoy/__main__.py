@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 from cyclopts import App, Parameter, Token, config
 
 from convoy.bench.settings import BenchSettings
+from convoy.bulk.settings import BulkSettings
 from service.errors import ConvoyError
 from service.settings import (
     IMAGE_SUFFIXES,
@@ -685,6 +686,30 @@ def health(
 
 
 @app.command
+def bulk(
+    images: str, to: str, /, *, settings: Annotated[BulkSettings, _Flat] = BulkSettings()
+) -> int:
+    """Classify stored images, however many, on one machine or a Ray cluster; write Parquet.
+
+    One row for each image, those too that can't be read. A job that was broken off goes on where it
+    was when it is run again. Exits with 1 where files of answers are missing in the end.
+
+    Parameters
+    ----------
+    images
+        Folder of images or of Parquet files, or one Parquet file: a path that all machines see, or
+        s3://bucket/prefix, gs://bucket/prefix or abfs://container@account.dfs.core.windows.net/prefix.
+    to
+        Folder for the answers, likewise.
+    """
+    _require("onnxruntime", "cpu", "classifying (or [gpu] for machines with CUDA)")
+    _require("ray", "bulk", "classifying in bulk")
+    from convoy.bulk.run import run
+
+    return run(images, to, settings)
+
+
+@app.command
 def bench(*, settings: Annotated[BenchSettings, _Flat] = BenchSettings()) -> int:
     """Put a server under load, and say how many requests a second it answers, and how fast.
 
@@ -771,7 +796,7 @@ def _check_environment() -> None:
     """
     known = {
         field.name
-        for kind in (Settings, TrainingSettings, AddSettings, BenchSettings, Whose)
+        for kind in (Settings, TrainingSettings, AddSettings, BenchSettings, BulkSettings, Whose)
         for field in fields(kind)
     }
     known |= {"server", "model", "version", "top_k", "timeout_s", "tls_ca", "json", "service"}
