@@ -322,7 +322,8 @@ class Traffic:
     """
 
     def __init__(self, first: Container, second: Container, request: pb.ClassifyRequest) -> None:
-        self._channels = [grpc.insecure_channel(each.target) for each in (first, second)]
+        options = [("grpc.enable_retries", 0)]
+        self._channels = [grpc.insecure_channel(each.target, options) for each in (first, second)]
         self._request = request
         self._withdrawn, self._over = threading.Event(), threading.Event()
         self._changed = threading.Condition()
