@@ -367,21 +367,24 @@ class Model:
         record: Callable[[int, float], None],
         *,
         gently: bool = False,
+        briefly: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Tells `record` how many seconds batches take: of every size that is bound; else of one, of
         the largest size, and of those between as long as that takes no longer than a second in all.
-        `gently`: once each, without those between. `clock`: by which seconds are counted.
+        `briefly`: once each, without those between; `gently`: it rests in between, too. `clock`: by
+        which seconds are counted.
         """
+        briefly = briefly or gently
         largest, pixels = bundle.manifest.max_batch_size, bundle.golden.pixels
-        between = [] if gently else [1 << n for n in range(1, (largest - 1).bit_length())]
+        between = [] if briefly else [1 << n for n in range(1, (largest - 1).bit_length())]
         ends = time.perf_counter() + _MEASURE_S
         for size in self.sizes or dict.fromkeys((1, largest, *between)):
             rows = np.resize(pixels, (size, *pixels.shape[1:]))
-            for _ in range(1 if gently else _MEASURED_RUNS):
+            for _ in range(1 if briefly else _MEASURED_RUNS):
                 record(size, self._run_gently(rows, gently, clock)[1])
                 now = time.perf_counter()
-                if now > ends and not gently:
+                if now > ends and not briefly:
                     break
             if now > ends and size not in (1, largest) and not self.sizes:
                 return

@@ -41,7 +41,7 @@ def test_it_says_what_has_proved_itself_and_how_long_batches_take(tmp_path: Path
     proof = aside.prove(bundle.folder, CPU)
     assert proof
     assert (proof.digest, proof.variant, proof.fallback) == (bundle.digest, "fp32", "")
-    assert {size for size, _ in proof.seconds} == {1, 2, 4}
+    assert [size for size, _ in proof.seconds] == [1, 4]
     assert all(0 < seconds < TIMEOUT_S for _, seconds in proof.seconds)
     assert not children()
 
