@@ -1,4 +1,4 @@
-"""Proves a version in a process of its own, at a low priority, while others serve.
+"""Proves a version in a process of its own, at the lowest priority, while others serve.
 
 What serves does not wait for its interpreter's lock or for a core, a graph that takes its process
 down takes only this one, and all its memory is free when it ends. On a card a process of its own
@@ -108,7 +108,7 @@ def prove(folder: Path, settings: "Settings") -> Proof | None:
 
 
 def quietly(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, done on a thread of a low priority."""
+    """What `work` returns or raises, done on a thread of the lowest priority."""
 
     def settle() -> None:
         # On Linux each thread has its own.
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def _answer(order: _Order) -> _Answer:
-    # A quota counts what runs at a low priority, too: then others are stopped for it.
+    # A quota counts what runs at the lowest priority, too: then others are stopped for it.
     gently = usable_cores() < len(os.sched_getaffinity(0))
     seconds: list[tuple[int, float]] = []
     try:
