@@ -111,6 +111,7 @@ _Stamp = tuple[tuple[str, int, int, int, int], ...]
 class _Version:
     number: int
     on_disk: bool = True
+    intact: bool = True  # what lies there, as far as is known, is what was loaded
     stamp: _Stamp | None = None  # before it was looked into
     changed_at: float = -math.inf
     manifest: Manifest | None = None
@@ -477,7 +478,8 @@ class Director:
         self._wait_for(
             lambda: self._closing or version.serves or version.state in (BROKEN, INCOMPLETE)
         )
-        if not version.serves:
+        # What is written down must also hold after a restart.
+        if not (version.serves and version.intact):
             raise NotPossible(
                 f"{model.name}/{version.number} can't be served: "
                 f"{version.reason or 'the server stops'}"
@@ -565,7 +567,7 @@ class Director:
             for number, stamp in look.versions.items():
                 version = model.versions.setdefault(number, _Version(number))
                 if not version.on_disk:
-                    version.on_disk, version.stamp = True, None
+                    version.on_disk, version.intact, version.stamp = True, True, None
                 if stamp is not None:
                     self._inspect(model, version, stamp, now)
         for model in list(self._models.values()):
@@ -576,7 +578,7 @@ class Director:
                 if version.on_disk and version.held:
                     log.warning("%s/%d is gone from the disk; it serves on", model.name, number)
                     version.reason = "its folder is gone"
-                version.on_disk = False
+                version.on_disk = version.intact = False
                 if not version.held and version.state != LOADING:
                     del model.versions[number]
             if not model.versions:
@@ -601,7 +603,8 @@ class Director:
             # What is there at the beginning is judged as it is.
             version.changed_at = now if self._begun else -math.inf
             version.stamp, version.told_forgotten = stamp, False
-            version.manifest = None
+            if not version.held:
+                version.manifest = None
         reason = ""
         passing = False
         try:
@@ -613,10 +616,11 @@ class Director:
             manifest, digest = None, ""
         if version.held:
             if digest == version.held.digest:
-                version.reason = version.held.fallback
+                version.manifest, version.digest = manifest, digest
+                version.reason, version.intact = version.held.fallback, True
             elif digest:
                 log.error("%s was changed: what was loaded serves on", folder)
-                version.reason = _CHANGED
+                version.reason, version.intact = _CHANGED, False
             return
         version.manifest, version.digest = manifest, digest
         if version.state == LOADING:
@@ -702,6 +706,10 @@ class Director:
         base = self._base(model, policy)
         stable = self._stable(model, policy, base)
         candidate = self._candidate(model, policy, base, stable)
+        if candidate and (why := _unfit(model.versions[stable], model.versions[candidate])):
+            self._give_up(model, model.versions[candidate], why)
+            self._plan(model, now)
+            return
         self._route(model, policy, stable, candidate)
         keep = {*base, *policy.named, *model.ordered, stable, candidate}
         for version in model.versions.values():
@@ -737,7 +745,7 @@ class Director:
             decision = judge(canary, counts.since(model.trial.start))
             model.decision = decision
             self._metrics.judged(model.name, candidate, decision)
-            self._note(model, candidate, _incomparable(model) or decision.why)
+            self._note(model, candidate, decision.why)
             if decision.verdict == "go on":
                 continue
             carry_out = self.promote if decision.verdict == "promote" else self.reject
@@ -759,9 +767,10 @@ class Director:
             return sorted((n for n in policy.pinned if n in model.versions), reverse=True)
         usable = [
             number
-            for number in sorted(model.versions, reverse=True)
+            for number, version in sorted(model.versions.items(), reverse=True)
             if number not in policy.skip
-            and model.versions[number].state not in (BROKEN, INCOMPLETE)
+            and version.state not in (BROKEN, INCOMPLETE)
+            and (version.on_disk or number == model.route.stable)
         ]
         return usable[: policy.newest]
 
@@ -776,7 +785,7 @@ class Director:
         if policy.stable:
             if policy.stable in versions and versions[policy.stable].serves:
                 return policy.stable
-        elif not (policy.canary and stays and base and base[0] > now):
+        elif not (policy.canary and stays and _newer(policy, base, now)):
             for number in base:
                 if versions[number].serves:
                     return number
@@ -789,8 +798,8 @@ class Director:
         """The version that is to show that it is better; 0 for none."""
         if policy.canary is None:
             return 0
-        number = policy.labels.get(policies.CANARY, 0)
-        if not number and base and base[0] > stable:
+        number = policy.candidate
+        if not number and _newer(policy, base, stable):
             number = base[0]
         if not stable or number == stable or number not in model.versions:
             return 0
@@ -822,8 +831,9 @@ class Director:
         model.routing += 1
         routed = partial(self._routed, model, before, route)
         self._crew.route(model.name, route, lambda: self._hear(routed))
-        if candidate and policies.CANARY not in policy.labels:
-            self._remember(model, stable, candidate)
+        # After a restart it would else be the newest, and so stable.
+        if candidate and not policy.candidate:
+            self._rewrite(model, lambda policy: policies.tried(policy, stable, candidate))
 
     def _routed(self, model: _Model, before: Route, route: Route) -> None:
         model.routing -= 1
@@ -832,19 +842,23 @@ class Director:
                 "%s: version %d answers, before it %d", model.name, route.stable, before.stable
             )
 
-    def _remember(self, model: _Model, stable: int, candidate: int) -> None:
-        """Writes down who is on trial: after a restart it would else be the newest, and so stable."""
+    def _give_up(self, model: _Model, candidate: _Version, why: str) -> None:
+        """It is no candidate. One that is gone from the disk is not told from what may come there."""
+        log.warning("%s/%d is no candidate: %s", model.name, candidate.number, why)
+        if candidate.on_disk:
+            self._rewrite(model, lambda policy: policies.rejected(policy, candidate.number))
+            candidate.reason = f"rejected: {why}"
+        else:
+            self._rewrite(model, policies.untried)
 
-        def begun(policy: Policy) -> Policy:
-            labels = {**policy.labels, policies.STABLE: stable, policies.CANARY: candidate}
-            return policies.labelled(policy, labels)
-
+    def _rewrite(self, model: _Model, make: Callable[[Policy], Policy]) -> None:
+        """Writes down what was decided, if that is possible."""
         try:
-            model.policy = policies.change(self.folder / model.name, begun)
+            model.policy = policies.change(self.folder / model.name, make)
             model.policy_stamp = _stamp_of_policy(self.folder / model.name)
         except ConvoyError as error:
             log.warning("%s; it holds until this service ends", error)
-            model.policy = begun(model.policy or Policy())
+            model.policy = make(model.policy or Policy())
 
     def _load_next(self, now: float) -> None:
         for model in self._models.values():
@@ -857,8 +871,7 @@ class Director:
     def _wanted(self, model: _Model) -> list[int]:
         """In the order in which they are loaded."""
         policy = model.policy or Policy()
-        candidate = policy.labels.get(policies.CANARY, 0)
-        wanted = [*model.ordered, policy.stable, *self._base(model, policy), candidate]
+        wanted = [*model.ordered, policy.stable, *self._base(model, policy), policy.candidate]
         wanted += sorted(policy.named, reverse=True)
         # What answers now may be broken in some of the processes.
         wanted.append(model.route.stable)
@@ -894,7 +907,7 @@ class Director:
         version.held, version.state, version.reason = outcome, READY, outcome.fallback
         version.retry_s = _RETRY_S
         if version.digest and version.digest != outcome.digest:
-            version.reason = _CHANGED
+            version.reason, version.intact = _CHANGED, False
         if self._begun:
             log.info("%s/%d is ready on %s", name, version.number, outcome.device)
 
@@ -927,7 +940,7 @@ class Director:
         elif not version.reason.startswith("rejected"):
             version.reason = ""
         # It is looked into anew: something may have changed meanwhile.
-        version.stamp, version.tried = None, None
+        version.stamp, version.tried, version.intact = None, None, True
         if not version.on_disk:
             model = self._models[name]
             del model.versions[version.number]
@@ -994,14 +1007,20 @@ def _shown(model: _Model) -> ModelState:
     return ModelState(model.name, tuple(versions), str(policy), reason, trial)
 
 
-def _incomparable(model: _Model) -> str:
-    """Why its candidate can't be compared with the stable version; empty where it can."""
-    arms = [model.versions[number] for number in (model.route.stable, model.route.candidate)]
-    shapes = [list(arm.manifest.pixels.shape) for arm in arms if arm.manifest]
+def _newer(policy: Policy, base: list[int], stable: int) -> bool:
+    """A newer version than the stable one is there; where some are pinned, that is as it should be."""
+    return bool(policy.newest and base and base[0] > stable)
+
+
+def _unfit(stable: _Version, candidate: _Version) -> str:
+    """Why it can't be a candidate; empty where it can."""
+    if not candidate.intact:
+        return candidate.reason
+    shapes = [list(each.manifest.pixels.shape) for each in (stable, candidate) if each.manifest]
     if len(shapes) == 2 and shapes[0] != shapes[1]:
         return (
             f"takes images of {shapes[1]}, the stable version {shapes[0]}: they can't be compared; "
-            "promote it, or roll it back, by hand"
+            "promote it by hand, or publish another"
         )
     return ""
 

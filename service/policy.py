@@ -64,6 +64,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         return self.labels.get(STABLE, 0)
 
     @property
+    def candidate(self) -> int:
+        """The version on trial; 0: none, or none yet."""
+        return self.labels.get(CANARY, 0)
+
+    @property
     def named(self) -> set[int]:
         """The versions that it wants, by number."""
         return {*self.pinned, *self.labels.values()}
@@ -164,11 +169,26 @@ def _value(value: Any) -> str:
 
 
 def promoted(policy: Policy, version: int) -> Policy:
-    """This version answers the requests that name none, until another order; no canary any more."""
-    labels = {name: number for name, number in policy.labels.items() if name != CANARY}
-    labels[STABLE] = version
+    """This version answers the requests that name none, until another order; another one that was on
+    trial is rejected.
+    """
+    if policy.candidate not in (0, version):
+        policy = rejected(policy, policy.candidate)
+    labels = {**untried(policy).labels, STABLE: version}
     skip = [number for number in policy.skip if number != version]
     return msgspec.structs.replace(policy, labels=labels, skip=skip)
+
+
+def untried(policy: Policy) -> Policy:
+    """No version is on trial."""
+    labels = {name: number for name, number in policy.labels.items() if name != CANARY}
+    return msgspec.structs.replace(policy, labels=labels)
+
+
+def tried(policy: Policy, stable: int, candidate: int) -> Policy:
+    """The candidate is on trial, and the stable version answers."""
+    labels = {**policy.labels, STABLE: stable, CANARY: candidate}
+    return msgspec.structs.replace(policy, labels=labels)
 
 
 def rejected(policy: Policy, version: int) -> Policy:
@@ -207,8 +227,3 @@ def unloaded(policy: Policy) -> Policy:
 def loaded(policy: Policy) -> Policy:
     """Some version is served: the newest, where it was none."""
     return msgspec.structs.replace(policy, serve="newest") if policy.serve == [] else policy
-
-
-def labelled(policy: Policy, labels: dict[str, int]) -> Policy:
-    """With these labels and no others."""
-    return msgspec.structs.replace(policy, labels=labels)

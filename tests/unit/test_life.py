@@ -5,15 +5,18 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from service import bundle as bundles
 from service import policy as policies
 from service.errors import BrokenVersion, ConvoyError, NotPossible, NotReady, UnknownModel
+from service.images import Target
 from service.life import Director, Refused
 from service.metrics import Metrics
 from service.repository import (
@@ -28,7 +31,7 @@ from service.repository import (
     ModelState,
     Route,
 )
-from tests.unit.versions import write, write_rich
+from tests.unit.versions import GOLDEN, MANIFEST, ONNX, write, write_rich
 
 WATCH_S, WINDOW_S = 1.0, 300.0
 TIMEOUT_S = 30.0
@@ -780,6 +783,68 @@ def test_a_candidate_that_is_rejected_never_serves_again(tmp_path: Path) -> None
     assert stage.crew.routes["pets"][:2] == (1, 3)
     stage.director.rollback("pets")
     assert stage.crew.routes["pets"][:2] == (1, 0)
+
+
+def of_another_size(model: Path) -> bundles.Bundle:
+    golden = bundles.Golden(np.zeros((2, 8, 8, 3), np.uint8), GOLDEN.probabilities)
+    return bundles.write(
+        model, replace(MANIFEST, pixels=Target(8, 8, 3, "crop")), ONNX, golden
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[labels]\nstable = 1\ncanary = 2\n"])
+def test_a_candidate_for_other_images_gets_none_and_is_rejected(tmp_path: Path, text: str) -> None:
+    stage = Stage(tmp_path, start=False)
+    stage.policy("[canary]\nshare = 0.25\n")
+    stage.director.settle()
+    of_another_size(stage.model)
+    stage.policy(f"[canary]\nshare = 0.25\n{text}")
+    stage.go_on(5)
+    assert stage.crew.routes["pets"][:3] == (1, 0, 0.0)
+    assert stage.states() == {1: READY, 2: IDLE}
+    assert "rejected: takes images of [8, 8, 3], the stable" in stage.reason(2)
+    assert Stage(tmp_path, 0).stable == 1, "after a restart it is stable"
+    write(stage.model)
+    stage.go_on(2)
+    assert stage.crew.routes["pets"][:2] == (1, 3)
+    stage.director.promote("pets", 2)
+    assert stage.crew.routes["pets"][:2] == (2, 0)
+
+
+@pytest.mark.parametrize("how", ["deleted", "edited"])
+def test_a_candidate_that_is_not_on_the_disk_any_more_is_not_promoted(
+    tmp_path: Path, how: str
+) -> None:
+    stage = Stage(tmp_path, start=False)
+    stage.policy("[canary]\nshare = 0.25\n")
+    stage.director.settle()
+    folder = write(stage.model).folder
+    stage.go_on()
+    assert stage.crew.routes["pets"][:2] == (1, 2)
+    shutil.rmtree(folder)
+    if how == "edited":
+        write(stage.model, onnx=b"another" * 20)
+    stage.director._look_at = stage.now
+    stage.director._see(stage.director._look() or {}, stage.now)
+    words = "its folder is gone" if how == "deleted" else "changed on the disk"
+    with pytest.raises(NotPossible, match=words):
+        stage.director.promote("pets")
+    stage.go_on(3)
+    assert stage.crew.routes["pets"][:2] == (1, 0)
+    assert policies.read(stage.model).stable == 1
+    assert policies.read(stage.model).candidate == 0
+    write(stage.model)
+    stage.go_on(3)
+    assert stage.crew.routes["pets"].candidate == (2 if how == "deleted" else 3)
+
+
+def test_a_version_that_serves_is_known_though_its_folder_changed(stage: Stage) -> None:
+    before = stage.crew.states["pets"].versions
+    (stage.model / "1" / "note.txt").write_text("by hand")
+    stage.go_on(2)
+    (stage.model / "1" / "manifest.json").unlink()
+    stage.go_on(2)
+    assert stage.crew.states["pets"].versions == before
 
 
 # Deaths and ends.
