@@ -653,7 +653,9 @@ class Supervisor:
             name, version, reason = value
             self._director.lost(name, version, f"{member.orders.name}: {reason}")
         elif kind == "order":
-            order = threading.Thread(target=self._order, args=(member, *value), daemon=True)
+            order = threading.Thread(
+                target=self._order, args=(member, member.pipe, *value), daemon=True
+            )
             order.start()
 
     def _tell_ready(self, member: _Member) -> None:
@@ -664,9 +666,15 @@ class Supervisor:
             log.warning("%s is not ready", name)
 
     def _order(
-        self, member: _Member, number: int, verb: str, name: str, versions: Sequence[int]
+        self,
+        member: _Member,
+        pipe: Connection,
+        number: int,
+        verb: str,
+        name: str,
+        versions: Sequence[int],
     ) -> None:
-        """A caller's, from an acceptor. On a thread of its own."""
+        """A caller's, from an acceptor by this pipe. On a thread of its own."""
         answer: ConvoyError | None = None
         try:
             self._director.order(verb, name, versions)
@@ -675,9 +683,12 @@ class Supervisor:
         except Exception:
             log.exception("an order failed")
             answer = ConvoyError("internal error: please report it; the server's log says more")
-        pipe = member.pipe
-        if pipe:  # else nobody is left to hear it
-            self._post(partial(self._say, member, "ordered", (number, answer)))
+
+        def reply() -> None:
+            if member.pipe is pipe:  # else nobody is left to hear it
+                self._say(member, "ordered", (number, answer))
+
+        self._post(reply)
 
     # The Director's verbs, from its threads: they are done on the supervisor's.
 

@@ -1,6 +1,7 @@
 """How a version gets into several workers, and out of them: with pipes to nobody in their place."""
 
 import queue
+import time
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -194,6 +195,31 @@ def test_one_that_is_born_has_what_is_decided(crew: Crew) -> None:
     assert present.states == (ModelState("pets"),)
     crew.answer("engine-0", "lost", ("pets", 2, "no such file"))
     assert crew.said == [("pets", 2, "engine-0: no such file")]
+
+
+def test_an_order_is_answered_to_who_gave_it_and_not_to_the_next(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: queue.SimpleQueue[str] = queue.SimpleQueue()
+    go_on: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def order(verb: str, name: str, versions: tuple[int, ...]) -> None:
+        given.put(name)
+        go_on.get(timeout=TIMEOUT_S)
+
+    monkeypatch.setattr(crew.supervisor._director, "order", order)
+    crew.answer("acceptor-0", "order", (0, "rollback", "pets", ()))
+    crew.answer("acceptor-1", "order", (0, "rollback", "pets", ()))
+    assert [given.get(timeout=TIMEOUT_S) for _ in range(2)] == ["pets"] * 2
+    crew.die("acceptor-0")
+    crew.begin(crew.member("acceptor-0"))
+    for _ in range(2):
+        go_on.put(None)
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(crew.supervisor._posted) < 2:
+        assert time.monotonic() < deadline
+    assert crew.asked("acceptor-1") == [("ordered", (0, None))]
+    assert crew.asked("acceptor-0") == []
 
 
 def test_a_route_is_done_when_all_have_it(crew: Crew) -> None:
