@@ -465,19 +465,28 @@ class Director:
         model.ordered += numbers
         try:
             for number in numbers:
-                self._bring_up(model, model.versions[number])
+                self._bring_up(model, number)
             yield
         finally:
             for number in numbers:
                 model.ordered.remove(number)
 
-    def _bring_up(self, model: _Model, version: _Version) -> None:
+    def _bring_up(self, model: _Model, number: int) -> None:
+        # It may be deleted while others are loaded.
+        version = model.versions.get(number, _Version(number))
         if version.state == BROKEN:
             version.retry_at = self._clock()
         self._decide()
         self._wait_for(
-            lambda: self._closing or version.serves or version.state in (BROKEN, INCOMPLETE)
+            lambda: (
+                self._closing
+                or version.serves
+                or version.state in (BROKEN, INCOMPLETE)
+                or model.versions.get(number) is not version
+            )
         )
+        if model.versions.get(number) is not version:
+            raise UnknownModel(f"version {number} of model {model.name!r} is gone from the disk")
         # What is written down must also hold after a restart.
         if not (version.serves and version.intact):
             raise NotPossible(

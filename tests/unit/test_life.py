@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -739,6 +740,43 @@ def test_orders_that_come_at_once_are_all_carried_out(tmp_path: Path) -> None:
     assert not failed
     assert policies.read(stage.model).stable == stage.stable
     assert stage.stable in (1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_an_order_ends_where_its_version_is_deleted_before_it_is_loaded(
+    tmp_path: Path, whole_model: bool
+) -> None:
+    stage = Stage(tmp_path, 2)
+    write(stage.folder / "cars")
+    write(stage.folder / "cars")
+    stage.policy("serve = []")
+    stage.go_on()
+    stage.crew.slow = True
+    stage.director.start()
+    errors: list[BaseException] = []
+
+    def pin() -> None:
+        try:
+            stage.director.pin("pets", [1, 2])
+        except UnknownModel as error:
+            errors.append(error)
+
+    # It waits for another model's turn to end.
+    write(stage.folder / "cars")
+    stage.director._look_now()
+    order = threading.Thread(target=pin)
+    order.start()
+    deadline = time.monotonic() + TIMEOUT_S
+    while not stage.director._models["pets"].ordered:
+        assert time.monotonic() < deadline
+    shutil.rmtree(stage.model if whole_model else stage.model / "1")
+    stage.director._look_now()
+    stage.crew.slow = False
+    stage.crew.finish()
+    order.join(TIMEOUT_S)
+    assert not order.is_alive()
+    stage.director.close()
+    assert "is gone from the disk" in str(errors[0])
 
 
 # Candidates.
