@@ -182,21 +182,27 @@ class Bundle:
 
 
 def names(models: Path) -> list[str]:
-    """The models in a models folder: each folder in it that has at least one version."""
-    return list(listed(models))
+    """The models in a models folder: each folder in it that has at least one version. One that can't
+    be read is none. Raises OSError where `models` can't.
+    """
+    found = []
+    for folder in folders(models):
+        with contextlib.suppress(OSError):
+            if versions(folder):
+                found.append(folder.name)
+    return found
 
 
-def listed(models: Path) -> dict[str, list[int]]:
-    """The models in a models folder, by their names in order, and the versions of each."""
+def folders(models: Path) -> list[Path]:
+    """What may be models in a models folder, by their names in order. Raises OSError."""
     try:
-        folders = sorted(f for f in models.iterdir() if _NAME.fullmatch(f.name))
+        return sorted(f for f in models.iterdir() if _NAME.fullmatch(f.name))
     except (FileNotFoundError, NotADirectoryError):
-        return {}
-    return {folder.name: found for folder in folders if (found := versions(folder))}
+        return []
 
 
 def versions(model: Path) -> list[int]:
-    """The versions in a model's folder, oldest first, whether they are whole or not."""
+    """The versions in a model's folder, oldest first, whether they are whole or not. Raises OSError."""
     if not model.is_dir():
         return []
     with os.scandir(model) as entries:

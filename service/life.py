@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from service import bundle as bundles
 from service import policy as policies
@@ -56,6 +56,8 @@ from service.repository import (
 )
 
 log = logging.getLogger("convoy.life")
+
+T = TypeVar("T")
 
 # What failed for a reason that may pass (a process died, a disk did not answer) is tried again after
 # a while, each time twice as long, up to the longest.
@@ -202,7 +204,7 @@ class Director:
         self._changed = threading.Condition(threading.RLock())
         self._heard: deque[Callable[[], None]] = deque()
         self._look_at = -math.inf
-        self._blind = False  # at the last look nothing could be told
+        self._unreadable: set[Path] = set()  # at the last look
         self._snapshot, self._judge_at = snapshot, math.inf
         self._loading: tuple[str, int] | None = None
         self._begun = False  # everything that was there at the beginning has been judged
@@ -540,8 +542,10 @@ class Director:
                 self._see(looks, self._clock())
             self._decide()
 
-    def _look(self) -> dict[str, _Look] | None:
-        """What is on the disk; None where that can't be told just now. Takes no lock while it reads."""
+    def _look(self) -> dict[str, _Look | None] | None:
+        """What is on the disk; None where that can't be told just now, of one model or of all. Takes
+        no lock while it reads.
+        """
         with self._changed:
             # Old versions that nobody asks for are not looked into.
             idle = {
@@ -550,28 +554,39 @@ class Director:
                 for number, version in model.versions.items()
                 if version.state == IDLE and version.stamp is not None
             }
-        looks = {}
-        try:
-            for name, numbers in bundles.listed(self.folder).items():
-                folder = self.folder / name
-                looks[name] = _Look(
-                    {
-                        number: None if (name, number) in idle else _stamp(folder / str(number))
-                        for number in numbers
-                    },
-                    _stamp_of_policy(folder),
-                )
-        # A folder that was there a moment ago, or a disk that does not answer.
-        except OSError as error:
-            if not self._blind:
-                log.warning("%s can't be looked at: %s", self.folder, error)
-            self._blind = True
+        folders = self._try_to_read(self.folder, bundles.folders)
+        if folders is None:
             return None
-        self._blind = False
+        looks: dict[str, _Look | None] = {}
+        for folder in folders:
+            name, numbers = folder.name, self._try_to_read(folder, bundles.versions)
+            if numbers is None:
+                looks[name] = None
+            elif numbers:
+                stamps = {
+                    number: None if (name, number) in idle else _stamp(folder / str(number))
+                    for number in numbers
+                }
+                looks[name] = _Look(stamps, _stamp_of_policy(folder))
         return looks
 
-    def _see(self, looks: dict[str, _Look], now: float) -> None:
+    def _try_to_read(self, folder: Path, read: Callable[[Path], list[T]]) -> list[T] | None:
+        """What is read there; None where it can't be, which is said once."""
+        try:
+            found = read(folder)
+        # One that was there a moment ago, or must not be read, or a disk that does not answer.
+        except OSError as error:
+            if folder not in self._unreadable:
+                log.warning("%s can't be looked at: %s", folder, error)
+            self._unreadable.add(folder)
+            return None
+        self._unreadable.discard(folder)
+        return found
+
+    def _see(self, looks: dict[str, _Look | None], now: float) -> None:
         for name, look in looks.items():
+            if look is None:
+                continue
             model = self._models.setdefault(name, _Model(name))
             for number, stamp in look.versions.items():
                 version = model.versions.setdefault(number, _Version(number))
@@ -580,7 +595,10 @@ class Director:
                 if stamp is not None:
                     self._inspect(model, version, stamp, now)
         for model in list(self._models.values()):
-            there = looks[model.name].versions if model.name in looks else {}
+            look = looks.get(model.name, _Look({}, ()))
+            if look is None:
+                continue
+            there = look.versions
             for number, version in list(model.versions.items()):
                 if number in there:
                     continue
@@ -596,7 +614,7 @@ class Director:
                 self._metrics.judged(model.name, 0, None)
                 del self._models[model.name]
             elif model.name in looks:
-                self._read_policy(model, looks[model.name].policy)
+                self._read_policy(model, look.policy)
 
     def _inspect(self, model: _Model, version: _Version, stamp: _Stamp, now: float) -> None:
         """What a version's folder holds. May read its manifest."""

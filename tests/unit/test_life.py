@@ -411,6 +411,33 @@ def test_a_disk_that_does_not_answer_for_a_while_changes_nothing(
     assert stage.stable == 2
 
 
+def test_a_folder_that_cannot_be_read_is_no_matter_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(tmp_path, start=False)
+    write(tmp_path / "cars")
+    (tmp_path / "secret").mkdir()
+    versions, denied = bundles.versions, {"secret"}
+
+    def guarded(model: Path) -> list[int]:
+        if model.name in denied:
+            raise PermissionError(13, "Permission denied")
+        return versions(model)
+
+    monkeypatch.setattr(bundles, "versions", guarded)
+    stage.director.settle()
+    assert bundles.names(tmp_path) == ["cars", "pets"]
+    denied.add("cars")
+    write(stage.model)
+    stage.go_on(5)
+    assert (stage.stable, stage.crew.routes["cars"].stable) == (2, 1)
+    assert caplog.text.count("secret can't be looked at: [Errno 13] Permission denied") == 1
+    denied.clear()
+    write(tmp_path / "cars")
+    stage.go_on(2)
+    assert stage.crew.routes["cars"].stable == 2
+
+
 def test_a_version_that_is_deleted_while_it_is_loaded_is_forgotten(stage: Stage) -> None:
     stage.crew.slow = True
     write(stage.model)
