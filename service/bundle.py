@@ -12,6 +12,7 @@ models/<name>/<version>/                  a positive integer; the highest is the
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
@@ -19,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +45,8 @@ DATA = "model.onnx.data"
 # The precisions that a version may hold, and where.
 VARIANTS = {"fp32": MODEL, "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
 _TEMPORARY, _ABANDONED_S = ".publishing-", 24 * 3600.0
+# Of a thousand classes it holds a million numbers.
+_LARGEST_MANIFEST = 64 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
@@ -283,13 +287,27 @@ def read_manifest(folder: Path) -> Manifest:
 
 def read_described(folder: Path) -> tuple[Manifest, str]:
     """The manifest in `folder`, and its sha256. Raises BrokenVersion; checks no other file."""
-    written = _read_file(folder / MANIFEST)
+    written = _read_file(folder / MANIFEST, _LARGEST_MANIFEST)
     return _decode_manifest(folder / MANIFEST, written), hashlib.sha256(written).hexdigest()
 
 
-def _read_file(path: Path) -> bytes:
+def contents(path: Path, limit: int = 0) -> bytes:
+    """Of a regular file, of at most `limit` bytes: whatever else may lie there would keep its reader
+    waiting. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        there = os.fstat(descriptor)
+        if not stat.S_ISREG(there.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file")
+        if limit and there.st_size > limit:
+            raise OSError(errno.EFBIG, f"{there.st_size} bytes are too many, the limit is {limit}")
+        return file.read(limit or -1)
+
+
+def _read_file(path: Path, limit: int) -> bytes:
     try:
-        return path.read_bytes()
+        return contents(path, limit)
     except FileNotFoundError:
         raise BrokenVersion(
             f"{path} is missing: the folder is not copied completely, or is no version"
@@ -320,7 +338,7 @@ def _decode_manifest(path: Path, written: bytes) -> Manifest:
 
 def _read_verified(path: Path, file: File) -> bytes:
     try:
-        data = path.read_bytes()
+        data = contents(path)
     except OSError as error:
         raise BrokenVersion(f"{path}: {error.strerror}") from error
     if len(data) != file.bytes:

@@ -67,6 +67,9 @@ _ON_TRIAL = "on trial: "
 
 _CHANGED = "changed on the disk: a version never changes, publish a new one"
 
+# How long the end waits for a turn to be over.
+_END_S = 2.0
+
 # How often candidates are judged.
 _JUDGE_S = 1.0
 
@@ -279,12 +282,15 @@ class Director:
         self._thread.start()
 
     def close(self) -> None:
-        """Decides nothing any more. What the crew is at is left to it."""
-        with self._changed:
-            self._closing = True
+        """Decides nothing any more. What the crew is at is left to it, and so is a disk that does not
+        answer.
+        """
+        self._closing = True
+        if self._changed.acquire(timeout=_END_S):
             self._changed.notify_all()
+            self._changed.release()
         if self._thread and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_END_S)
 
     def _work(self) -> None:
         while True:
@@ -517,6 +523,8 @@ class Director:
             raise NotPossible(f"{error}; mend it, or remove it") from error
         try:
             model.policy = policies.change(folder, make)
+        except NotPossible:  # just now
+            raise
         except ConvoyError as error:
             log.warning("%s; what was ordered holds until this service ends", error)
             model.policy = make(model.policy or Policy())
@@ -833,7 +841,9 @@ class Director:
         return number if model.versions[number].serves else 0
 
     def _route(self, model: _Model, policy: Policy, stable: int, candidate: int) -> None:
-        labels = {**policy.labels, policies.STABLE: stable, policies.CANARY: candidate}
+        labels = {**policy.labels, policies.STABLE: stable}
+        if policy.canary:
+            labels[policies.CANARY] = candidate
         canary = policy.canary if candidate else None
         shadow = canary is not None and canary.mode == "shadow"
         route = Route(

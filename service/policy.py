@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import tempfile
+import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,11 +23,16 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from service import bundle as bundles
 from service.canary import Canary
-from service.errors import ConvoyError
+from service.errors import ConvoyError, NotPossible
 
 FILE = "versions.toml"
 STABLE, CANARY = "stable", "canary"
+
+# Who changes a policy is done at once.
+_WAIT_S = 1.0
+_LARGEST = 2**20
 
 _LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
@@ -91,7 +97,8 @@ def read(model: Path) -> Policy:
     """The policy of the model in this folder. Raises ConvoyError, naming the file and what is wrong."""
     file = model / FILE
     try:
-        found = msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), Policy)
+        written = bundles.contents(file, _LARGEST).decode()
+        found = msgspec.convert(tomllib.loads(written), Policy)
     except FileNotFoundError:
         return Policy()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.MsgspecError) as error:
@@ -107,7 +114,8 @@ def read(model: Path) -> Policy:
 
 def change(model: Path, make: Callable[[Policy], Policy]) -> Policy:
     """Makes of the policy in the file another one; a reader sees the one or the other. Comments in
-    the file are lost. Raises ConvoyError where it can't be read or written, and what `make` raises.
+    the file are lost. Raises ConvoyError where it can't be read or written (NotPossible where others
+    hold it), and what `make` raises.
     """
     with _alone(model.parent):
         before = read(model)
@@ -127,7 +135,15 @@ def _alone(models: Path) -> Iterator[None]:
     except OSError as error:
         raise ConvoyError(f"{models}: {error.strerror}") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        until = time.monotonic() + _WAIT_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise NotPossible(f"{models} is locked by another process: try again") from None
+                time.sleep(0.01)
         yield
     finally:
         os.close(descriptor)

@@ -462,6 +462,42 @@ def test_a_clock_that_was_set_back_changes_nothing(stage: Stage) -> None:
     assert stage.stable == 1
 
 
+@pytest.mark.parametrize("file", ["1/manifest.json", "2/manifest.json", "versions.toml"])
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(stage: Stage, file: str) -> None:
+    path = stage.model / file
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    stage.go_on(5)
+    assert stage.stable == 1
+    model = stage.crew.states["pets"]
+    if not file.startswith("1/"):
+        assert "is no regular file" in str(model)
+
+
+def test_a_manifest_that_is_too_large_is_not_read(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "_LARGEST_MANIFEST", 100)
+    folder = stage.model / "2"
+    folder.mkdir()
+    (folder / "manifest.json").write_bytes(b" " * 101)
+    stage.go_on(5)
+    assert "101 bytes are too many, the limit is 100" in stage.reason(2)
+
+
+def test_who_holds_the_folder_keeps_orders_waiting_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "_WAIT_S", 0.05)
+    stage = Stage(tmp_path, 2)
+    with policies._alone(tmp_path), pytest.raises(NotPossible, match="is locked by another"):
+        stage.director.promote("pets", 1)
+    assert stage.stable == 2
+    stage.director.promote("pets", 1)
+    assert stage.stable == 1
+
+
 # Copies that are not complete.
 
 
@@ -809,6 +845,14 @@ def test_an_order_ends_where_its_version_is_deleted_before_it_is_loaded(
 # Candidates.
 
 
+def test_without_a_trial_canary_is_a_label_like_others(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, 2, start=False)
+    stage.policy("[labels]\ncanary = 1\n")
+    stage.director.settle()
+    assert stage.crew.routes["pets"][:5] == (2, 0, 0.0, False, (("canary", 1), ("stable", 2)))
+    assert stage.states() == {1: READY, 2: READY}
+
+
 def test_a_new_version_begins_as_a_candidate_and_is_promoted(tmp_path: Path) -> None:
     stage = Stage(tmp_path, start=False)
     stage.policy("[canary]\nshare = 0.25\n")
@@ -852,9 +896,7 @@ def test_a_candidate_that_is_rejected_never_serves_again(tmp_path: Path) -> None
 
 def of_another_size(model: Path) -> bundles.Bundle:
     golden = bundles.Golden(np.zeros((2, 8, 8, 3), np.uint8), GOLDEN.probabilities)
-    return bundles.write(
-        model, replace(MANIFEST, pixels=Target(8, 8, 3, "crop")), ONNX, golden
-    )
+    return bundles.write(model, replace(MANIFEST, pixels=Target(8, 8, 3, "crop")), ONNX, golden)
 
 
 @pytest.mark.parametrize("text", ["", "[labels]\nstable = 1\ncanary = 2\n"])
