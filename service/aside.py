@@ -39,6 +39,8 @@ _MAIN = "import sys; sys.path[:] = sys.argv[1:]; from service.aside import main;
 # https://man7.org/linux/man-pages/man7/sched.7.html
 _NICENESS = 19
 _PR_SET_PDEATHSIG = 1
+# Many times what a large version takes of a seventieth of a core.
+_LIMIT_S = 1800.0
 
 
 class Proof(NamedTuple):
@@ -70,7 +72,8 @@ def prove(folder: Path, settings: "Settings") -> Proof | None:
     """Has the version in `folder` prove itself on one core, at a low priority. None where that can't
     be done: on a card, or where no process is to be had.
 
-    Raises BrokenVersion; from an OSError where it may be better another time.
+    Raises BrokenVersion; from an OSError where it may be better another time, as where the process
+    dies: it may have been killed for memory, or have begun in the middle of an upgrade of Convoy.
     """
     if expects_card(Device.parse(settings.device)):
         return None
@@ -93,14 +96,20 @@ def prove(folder: Path, settings: "Settings") -> Proof | None:
         log.warning("no process to prove %s in: %s", folder, error)
         return None
     with process:
-        told, _ = process.communicate(msgspec.json.encode(order))
+        try:
+            told, _ = process.communicate(msgspec.json.encode(order), _LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise BrokenVersion(
+                f"{folder}: it has not proved itself in {_LIMIT_S:g} s"
+            ) from TimeoutError(str(error))
     try:
         answer = msgspec.json.decode(told, type=_Answer)
-    except msgspec.DecodeError:
+    except msgspec.DecodeError as error:
         raise BrokenVersion(
             f"{folder}: the process in which it was to prove itself ended with status "
             f"{process.returncode}"
-        ) from None
+        ) from ChildProcessError(str(error))
     if answer.proof is None:
         cause = OSError(answer.refused) if answer.passing else None
         raise BrokenVersion(answer.refused) from cause

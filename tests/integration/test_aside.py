@@ -96,6 +96,17 @@ def test_a_graph_that_takes_its_process_down_is_refused(tmp_path: Path) -> None:
     os.kill(child, signal.SIGSEGV)
     thread.join(TIMEOUT_S)
     assert "ended with status -11" in str(outcome[0])
+    assert isinstance(outcome[0].__cause__, OSError), "it may be better another time"
+
+
+def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = add_colours(tmp_path)
+    monkeypatch.setattr(aside, "_MAIN", "import time; time.sleep(1000)")
+    monkeypatch.setattr(aside, "_LIMIT_S", 0.2)
+    with pytest.raises(BrokenVersion, match="it has not proved itself in 0.2 s") as refused:
+        aside.prove(bundle.folder, CPU)
+    assert isinstance(refused.value.__cause__, OSError)
+    assert not children()
 
 
 def test_what_has_proved_itself_shows_one_answer_where_it_serves(
