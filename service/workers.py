@@ -58,6 +58,8 @@ log = logging.getLogger("convoy.workers")
 # A worker that lived this long had begun well: the next one is started at once. Others wait, each
 # time twice as long, up to the longest.
 _SETTLED_S, _RETRY_S, _LONGEST_RETRY_S = 30.0, 0.1, 10.0
+# The longest for one that can't load what others have.
+_LACKING_S = 60.0
 
 # What a killed worker counted after the last time it was asked is lost.
 _ASK_S = 1.0
@@ -164,6 +166,7 @@ class _Worker:
         self.bug: BaseException | None = None
         self._stop: Callable[[float], None] = lambda delay_s: os._exit(0)
         self._open = threading.Event()
+        self._lacks = False  # something that the others have
         # Those that run the batches, if others do; and what they said of each model and version.
         self._engines: Engines | None = None
         self._told: dict[tuple[str, int], Load] = {}
@@ -189,8 +192,8 @@ class _Worker:
             crew.route(name, route, lambda: None)
         crew.show(present.states)
         if self._orders.open:
-            # After all that is loaded by then.
-            crew.then(self._open.set)
+            # After all that is loaded by then, or when it is told to: see `Supervisor._lacks`.
+            crew.then(lambda: None if self._lacks else self._open.set())
         threading.Thread(target=self._listen, args=(crew,), daemon=True).start()
 
     def _load(self, crew: Alone, load: Load, done: Callable[[Loaded | Refused], None]) -> None:
@@ -213,6 +216,7 @@ class _Worker:
 
     def _born_with(self, load: Load, outcome: Loaded | Refused) -> None:
         if isinstance(outcome, Refused):
+            self._lacks = True
             self._tell("lost", (load.name, load.version, outcome.reason))
 
     def _listen(self, crew: Alone) -> None:
@@ -408,6 +412,7 @@ class _Member:
         self.started = 0.0
         self.start_at = 0.0
         self.retry_s = _RETRY_S
+        self.lacks = False  # something that others have
 
     @property
     def engine(self) -> bool:
@@ -650,13 +655,27 @@ class Supervisor:
         elif kind == "routed":
             self._was_routed(member, value)
         elif kind == "lost":
-            name, version, reason = value
-            self._director.lost(name, version, f"{member.orders.name}: {reason}")
+            self._lacks(member, *value)
         elif kind == "order":
             order = threading.Thread(
                 target=self._order, args=(member, member.pipe, *value), daemon=True
             )
             order.start()
+
+    def _lacks(self, member: _Member, name: str, version: int, reason: str) -> None:
+        """A worker that was started anew can't load what the others have. It is not needed while these
+        serve; and tries again, as a process of its own. Where there are none, something else must.
+        """
+        others = (m for m in self._members if m is not member and m.engine == member.engine)
+        if any(each.ready for each in others):
+            log.error("%s can't load %s/%d: %s", member.orders.name, name, version, reason)
+            member.lacks = True
+            assert member.process
+            member.process.kill()
+        else:
+            self._director.lost(name, version, f"{member.orders.name}: {reason}")
+            if self._open:
+                self._say(member, "open", None)
 
     def _tell_ready(self, member: _Member) -> None:
         name = member.orders.name
@@ -896,10 +915,12 @@ class Supervisor:
     def _put_off(self, member: _Member, now: float, reason: str) -> None:
         """The next one is started at once where the last had settled, else after a while."""
         delay_s = 0.0
-        if member.started < now - _SETTLED_S:
+        longest_s = _LACKING_S if member.lacks else _LONGEST_RETRY_S
+        if member.started < now - _SETTLED_S and not member.lacks:
             member.retry_s = _RETRY_S
         else:
-            delay_s = member.retry_s = min(2 * member.retry_s, _LONGEST_RETRY_S)
+            delay_s = member.retry_s = min(2 * member.retry_s, longest_s)
+        member.lacks = False
         member.start_at = now + delay_s
         log.error("%s %s: the next one starts in %.1f s", member.orders.name, reason, delay_s)
 

@@ -3,6 +3,7 @@
 import queue
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -195,6 +196,35 @@ def test_one_that_is_born_has_what_is_decided(crew: Crew) -> None:
     assert present.states == (ModelState("pets"),)
     crew.answer("engine-0", "lost", ("pets", 2, "no such file"))
     assert crew.said == [("pets", 2, "engine-0: no such file")]
+
+
+def test_one_that_cannot_load_what_others_have_leaves_the_calls_to_them(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew.all_load()
+    crew.supervisor._open = True
+    killed: list[str] = []
+    for name in ("engine-0", "acceptor-0"):
+        member = crew.member(name)
+        monkeypatch.setattr(member.process, "kill", partial(killed.append, name))
+    crew.answer("engine-1", "ready", True)
+    crew.answer("engine-0", "lost", ("pets", 2, "no such file"))
+    assert killed == ["engine-0"]
+    assert crew.said == [], "the version is given up"
+    # Engines are no help to a lone acceptor.
+    crew.answer("acceptor-0", "lost", ("pets", 2, "no such file"))
+    assert killed == ["engine-0"]
+    assert crew.said == [("pets", 2, "acceptor-0: no such file")]
+    assert ("open", None) in crew.asked("acceptor-0")
+    # Ever more seldom.
+    member, pauses = crew.member("engine-0"), []
+    for _ in range(13):
+        member.lacks = True
+        crew.supervisor._put_off(member, member.started + 100.0, "died")
+        pauses.append(member.start_at - member.started - 100.0)
+    assert (pauses[0], pauses[-1]) == (0.2, 60.0)
+    crew.supervisor._put_off(member, member.started + 1.0, "died")
+    assert member.start_at == member.started + 11.0
 
 
 def test_an_order_is_answered_to_who_gave_it_and_not_to_the_next(
