@@ -136,7 +136,7 @@ class Folder:
         from service import policy as policies
 
         def promoted(policy: "Policy") -> "Policy":
-            number = version or policy.labels.get(policies.CANARY, 0)
+            number = version or policy.candidate
             if not number:
                 raise ConvoyError(
                     f"{name} has no candidate in {policies.FILE}: say which version to promote"
@@ -150,14 +150,11 @@ class Folder:
         from service import policy as policies
 
         def rolled_back(policy: "Policy") -> "Policy":
-            if candidate := policy.labels.get(policies.CANARY, 0):
-                return policies.rejected(policy, candidate)
+            if policy.candidate:
+                return policies.rejected(policy, policy.candidate)
             model = self._model(name)
-            now, whole = model["version"], [v["version"] for v in model["versions"] if _whole(v)]
-            before = max((v for v in whole if v < now and v not in policy.skip), default=0)
-            if not before:
-                raise ConvoyError(f"{name} has no whole version before {now} to go back to")
-            return policies.promoted(policies.rejected(policy, now), before)
+            stable, whole = model["version"], [v["version"] for v in model["versions"] if _whole(v)]
+            return policies.rolled_back(policy, stable, policies.before(policy, stable, whole))
 
         policies.change(self._known(name), rolled_back)
 
@@ -221,7 +218,7 @@ class Folder:
         else:
             served = [number for number in whole if number in policy.pinned]
         stable = policy.stable or max(served, default=0)
-        candidate = policy.labels.get(policies.CANARY, 0)
+        candidate = policy.candidate if policy.canary else 0
         canary = policy.canary or Canary()
         return {
             "model": name,

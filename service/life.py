@@ -155,7 +155,7 @@ class _Model:
     versions: dict[int, _Version] = field(default_factory=dict)
     # None before its file was looked at for the first time.
     policy: Policy | None = None
-    policy_stamp: _Stamp = ()
+    policy_stamp: policies.Stamp = ()
     reason: str = ""  # what is wrong with its policy
     route: Route = Route()  # noqa: RUF009 (it never changes)
     routing: int = 0  # how often the crew was told and has not yet said that it is done
@@ -173,7 +173,7 @@ class _Look(NamedTuple):
     """
 
     versions: dict[int, _Stamp | None]
-    policy: _Stamp
+    policy: policies.Stamp
 
 
 class Director:
@@ -371,7 +371,7 @@ class Director:
         """
         with self._changed:
             model = self._known(name)
-            number = version or model.route.candidate
+            number = version or (model.policy or Policy()).candidate
             if not number:
                 raise NotPossible(f"model {name!r} has no candidate: say which version to promote")
             with self._up(model, number):
@@ -384,19 +384,19 @@ class Director:
         """
         with self._changed:
             model = self._known(name)
-            route = model.route
-            if route.candidate:
-                self.reject(name, route.candidate, reason)
+            policy, stable = model.policy or Policy(), model.route.stable
+            if policy.candidate:
+                self.reject(name, policy.candidate, reason)
                 return
-            before = self._before(model)
+            usable = [
+                number
+                for number, version in model.versions.items()
+                if version.intact and version.state not in (BROKEN, INCOMPLETE)
+            ]
+            before = policies.before(policy, stable, usable, model.previous)
             with self._up(model, before):
-                log.info("%s goes back from %d to %d: %s", name, route.stable, before, reason)
-                self._change(
-                    model,
-                    lambda policy: policies.promoted(
-                        policies.rejected(policy, route.stable), before
-                    ),
-                )
+                log.info("%s goes back from %d to %d: %s", name, stable, before, reason)
+                self._change(model, lambda policy: policies.rolled_back(policy, stable, before))
 
     def reject(self, name: str, version: int, reason: str) -> None:
         """The version is no candidate any more, nor will it be again."""
@@ -502,18 +502,6 @@ class Director:
                 f"{version.reason or 'the server stops'}"
             )
 
-    def _before(self, model: _Model) -> int:
-        """The version to go back to."""
-        stable, versions = model.route.stable, model.versions
-        skip = (model.policy or Policy()).skip
-        if model.previous in versions and model.previous not in (stable, *skip):
-            return model.previous
-        unusable = (BROKEN, INCOMPLETE)
-        older = [n for n, v in versions.items() if n < stable and v.state not in unusable]
-        if not older:
-            raise NotPossible(f"model {model.name!r} has no version before {stable} to go back to")
-        return max(older)
-
     def _change(self, model: _Model, make: Callable[[Policy], Policy]) -> None:
         """Makes another policy of the model's, in its file too, and does what follows from it."""
         folder = self.folder / model.name
@@ -522,14 +510,12 @@ class Director:
         except ConvoyError as error:
             raise NotPossible(f"{error}; mend it, or remove it") from error
         try:
-            model.policy = policies.change(folder, make)
+            model.policy, model.policy_stamp = policies.change(folder, make)
         except NotPossible:  # just now
             raise
         except ConvoyError as error:
             log.warning("%s; what was ordered holds until this service ends", error)
             model.policy = make(model.policy or Policy())
-        else:
-            model.policy_stamp = _stamp_of_policy(folder)
         model.reason = ""
         self._decide()
         self._wait_for(lambda: self._closing or not model.routing)
@@ -575,7 +561,7 @@ class Director:
                     number: None if (name, number) in idle else _stamp(folder / str(number))
                     for number in numbers
                 }
-                looks[name] = _Look(stamps, _stamp_of_policy(folder))
+                looks[name] = _Look(stamps, policies.stamp(folder))
         return looks
 
     def _try_to_read(self, folder: Path, read: Callable[[Path], list[T]]) -> list[T] | None:
@@ -682,7 +668,7 @@ class Director:
                 model.name, version.number, version.reason,
             )  # fmt: skip
 
-    def _read_policy(self, model: _Model, stamp: _Stamp) -> None:
+    def _read_policy(self, model: _Model, stamp: policies.Stamp) -> None:
         if model.policy is not None and stamp == model.policy_stamp and not model.reason:
             return
         reason, file = "", self.folder / model.name / policies.FILE
@@ -834,7 +820,8 @@ class Director:
         if policy.canary is None:
             return 0
         number = policy.candidate
-        if not number and _newer(policy, base, stable):
+        # What is loaded for an order will be what that says.
+        if not number and _newer(policy, base, stable) and base[0] not in model.ordered:
             number = base[0]
         if not stable or number == stable or number not in model.versions:
             return 0
@@ -891,8 +878,7 @@ class Director:
     def _rewrite(self, model: _Model, make: Callable[[Policy], Policy]) -> None:
         """Writes down what was decided, if that is possible."""
         try:
-            model.policy = policies.change(self.folder / model.name, make)
-            model.policy_stamp = _stamp_of_policy(self.folder / model.name)
+            model.policy, model.policy_stamp = policies.change(self.folder / model.name, make)
         except ConvoyError as error:
             log.warning("%s; it holds until this service ends", error)
             model.policy = make(model.policy or Policy())
@@ -1083,14 +1069,6 @@ def _stamp(folder: Path) -> _Stamp:
     except OSError as error:
         found.append(("", error.errno or -1, 0, 0, 0))
     return tuple(sorted(found))
-
-
-def _stamp_of_policy(model: Path) -> _Stamp:
-    try:
-        stat = (model / policies.FILE).stat()
-    except OSError:
-        return ()
-    return (("", stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino),)
 
 
 def _has_manifest(stamp: _Stamp) -> bool:

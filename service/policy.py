@@ -112,7 +112,19 @@ def read(model: Path) -> Policy:
     return found
 
 
-def change(model: Path, make: Callable[[Policy], Policy]) -> Policy:
+# Change times, size and place of the file, if it is there: differs where it was changed.
+Stamp = tuple[int, ...]
+
+
+def stamp(model: Path) -> Stamp:
+    try:
+        stat = (model / FILE).stat()
+    except OSError:
+        return ()
+    return (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
+
+
+def change(model: Path, make: Callable[[Policy], Policy]) -> tuple[Policy, Stamp]:
     """Makes of the policy in the file another one; a reader sees the one or the other. Comments in
     the file are lost. Raises ConvoyError where it can't be read or written (NotPossible where others
     hold it), and what `make` raises.
@@ -122,7 +134,7 @@ def change(model: Path, make: Callable[[Policy], Policy]) -> Policy:
         after = make(before)
         if after != before:
             _write(model / FILE, after)
-    return after
+        return after, stamp(model)
 
 
 @contextmanager
@@ -216,6 +228,23 @@ def rejected(policy: Policy, version: int) -> Policy:
     }
     skip = sorted({*policy.skip, version})
     return msgspec.structs.replace(policy, labels=labels, skip=skip)
+
+
+def before(policy: Policy, stable: int, usable: Iterable[int], previous: int = 0) -> int:
+    """The version to go back to from the stable one: that which answered before it (`previous`), if it
+    is one of the `usable`, else the newest of these that is older. Raises NotPossible.
+    """
+    left = {*usable} - {stable, *policy.skip}
+    if previous in left:
+        return previous
+    if older := [number for number in left if number < stable]:
+        return max(older)
+    raise NotPossible(f"there is no version before {stable} to go back to")
+
+
+def rolled_back(policy: Policy, stable: int, before: int) -> Policy:
+    """The version before answers, until another order; the one that did is not taken for the newest."""
+    return promoted(rejected(policy, stable), before)
 
 
 def pinned(policy: Policy, versions: Sequence[int]) -> Policy:

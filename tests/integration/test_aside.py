@@ -103,7 +103,7 @@ def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     bundle = add_colours(tmp_path)
     monkeypatch.setattr(aside, "_MAIN", "import time; time.sleep(1000)")
     monkeypatch.setattr(aside, "_LIMIT_S", 0.2)
-    with pytest.raises(BrokenVersion, match="it has not proved itself in 0.2 s") as refused:
+    with pytest.raises(BrokenVersion, match=r"not proved itself in 0\.2 s") as refused:
         aside.prove(bundle.folder, CPU)
     assert isinstance(refused.value.__cause__, OSError)
     assert not children()

@@ -954,6 +954,42 @@ def test_a_version_that_serves_is_known_though_its_folder_changed(stage: Stage) 
     assert stage.crew.states["pets"].versions == before
 
 
+def test_promoting_the_stable_version_ends_a_trial(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, start=False)
+    stage.policy("[canary]\nshare = 0.25\n")
+    stage.director.settle()
+    write(stage.model)
+    stage.go_on()
+    assert stage.crew.routes["pets"][:2] == (1, 2)
+    stage.director.promote("pets", 1)
+    stage.go_on(3)
+    assert stage.crew.routes["pets"][:2] == (1, 0)
+    assert stage.states() == {1: READY, 2: IDLE}
+
+
+def test_of_pinned_versions_the_highest_answers_and_none_is_tried_out(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, start=False)
+    stage.policy("[canary]\nshare = 0.25\n")
+    stage.director.settle()
+    write(stage.model)
+    write(stage.model)
+    stage.director.pin("pets", [1, 3])
+    assert stage.crew.routes["pets"][:2] == (3, 0)
+
+
+def test_a_rollback_passes_over_what_is_broken(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, 3)
+    stage.director.promote("pets", 2)
+    write(stage.model)
+    stage.director.promote("pets", 4)
+    stage.go_on(WINDOW_S + 2)
+    damage_byte(stage.model / "2")
+    with pytest.raises(NotPossible, match=r"pets/2 can't be served: .*sha256"):
+        stage.director.promote("pets", 2)
+    stage.director.rollback("pets")
+    assert stage.stable == 3, "the one before it is broken"
+
+
 # Deaths and ends.
 
 

@@ -62,7 +62,7 @@ def test_rollback_ends_a_canary_then_goes_back_one_by_one(
     assert shown(folder, capsys, "rollback", "pets")["version"] == 2
     assert shown(folder, capsys, "rollback", "pets")["version"] == 1
     assert asked(folder) == Policy(skip=[2, 3, 4], labels={"stable": 1})
-    with pytest.raises(ConvoyError, match="no whole version before 1 to go back to"):
+    with pytest.raises(ConvoyError, match="no version before 1 to go back to"):
         models(folder, "rollback", "pets")
     # What was rolled back is not taken for the newest again; what comes new is.
     assert shown(folder, capsys, "pin", "pets", "1")["version"] == 1
