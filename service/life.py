@@ -35,6 +35,7 @@ from service.errors import (
     InvalidRequest,
     NotPossible,
     NotReady,
+    Overloaded,
     UnknownModel,
 )
 from service.metrics import Metrics, Snapshot, canary_counts
@@ -66,6 +67,8 @@ _RETRY_S, _LONGEST_RETRY_S = 5.0, 300.0
 _ON_TRIAL = "on trial: "
 
 _CHANGED = "changed on the disk: a version never changes, publish a new one"
+
+_MOST_ORDERS = 32
 
 # How long the end waits for a turn to be over.
 _END_S = 2.0
@@ -210,6 +213,7 @@ class Director:
         self._unreadable: set[Path] = set()  # at the last look
         self._snapshot, self._judge_at = snapshot, math.inf
         self._loading: tuple[str, int] | None = None
+        self._orders = 0  # that are being carried out
         self._begun = False  # everything that was there at the beginning has been judged
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -355,7 +359,20 @@ class Director:
     # Orders.
 
     def order(self, verb: str, name: str, versions: Sequence[int] = ()) -> None:
-        """Carries out what an operator says: see `orders.Order`."""
+        """Carries out what an operator says: see `orders.Order`. Raises Overloaded where too many of
+        them wait: each has a thread, whether or not its caller waits for it.
+        """
+        with self._changed:
+            if self._orders >= _MOST_ORDERS:
+                raise Overloaded(f"{self._orders} orders are being carried out: wait for them", 1.0)
+            self._orders += 1
+        try:
+            self._carry_out(verb, name, versions)
+        finally:
+            with self._changed:
+                self._orders -= 1
+
+    def _carry_out(self, verb: str, name: str, versions: Sequence[int]) -> None:
         if verb == "promote":
             self.promote(name, versions[0] if versions else 0)
         elif verb == "pin":
@@ -603,9 +620,7 @@ class Director:
                 if not version.held and version.state != LOADING:
                     del model.versions[number]
             if not model.versions:
-                self._metrics.versions(model.name, 0, ())
-                self._metrics.broken_versions(model.name, 0)
-                self._metrics.judged(model.name, 0, None)
+                self._metrics.forget(model.name)
                 del self._models[model.name]
             elif model.name in looks:
                 self._read_policy(model, look.policy)

@@ -339,6 +339,13 @@ class Metrics:
     def switched(self, model: str) -> None:
         _add(self._numbers["model_switches"], (model,), 1)
 
+    def forget(self, model: str) -> None:
+        """Drops what was told of a model that is not there any more; what was counted stays."""
+        for name, family in _FAMILIES.items():
+            if family.kind == "gauge" and family.labels[:1] == ("model",):
+                for labels in [each for each in self._numbers[name] if each[0] == model]:
+                    del self._numbers[name][labels]
+
     def broken_versions(self, model: str, count: int) -> None:
         self._numbers["model_broken_versions"][model,] = count
 

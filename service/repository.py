@@ -657,7 +657,12 @@ class Repository:
 
     def show(self, states: Sequence[ModelState]) -> None:
         """What is known of all models, for those who ask."""
-        self._states = {state.name: state for state in states}
+        with self._changing:
+            self._states = {state.name: state for state in states}
+            for name in [n for n, m in self._models.items() if not m.versions]:
+                if name not in self._states:
+                    self._models = {n: m for n, m in self._models.items() if n != name}
+                    self._metrics.forget(name)
         self._changed()
 
     # What requests ask.

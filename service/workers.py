@@ -758,6 +758,8 @@ class Supervisor:
     def show(self, states: Sequence[ModelState]) -> None:
         def do() -> None:
             self._states = tuple(states)
+            names = {state.name for state in states}
+            self._routes = {name: r for name, r in self._routes.items() if name in names}
             self._say_to_all("show", self._states)
 
         self._post(do)

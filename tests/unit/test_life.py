@@ -15,8 +15,16 @@ import numpy as np
 import pytest
 
 from service import bundle as bundles
+from service import life
 from service import policy as policies
-from service.errors import BrokenVersion, ConvoyError, NotPossible, NotReady, UnknownModel
+from service.errors import (
+    BrokenVersion,
+    ConvoyError,
+    NotPossible,
+    NotReady,
+    Overloaded,
+    UnknownModel,
+)
 from service.images import Target
 from service.life import Director, Refused
 from service.metrics import Metrics
@@ -840,6 +848,60 @@ def test_an_order_ends_where_its_version_is_deleted_before_it_is_loaded(
     assert not order.is_alive()
     stage.director.close()
     assert "is gone from the disk" in str(errors[0])
+
+
+def test_orders_that_nobody_waits_for_do_not_pile_up(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(life, "_MOST_ORDERS", 1)
+    stage.crew.slow = True
+    stage.director.start()
+    write(stage.model)
+    stage.director._look_now()
+    order = threading.Thread(target=stage.director.order, args=("promote", "pets", [2]))
+    order.start()
+    deadline = time.monotonic() + TIMEOUT_S
+    while not stage.director._models["pets"].ordered:
+        assert time.monotonic() < deadline
+    with pytest.raises(Overloaded, match="1 orders are being carried out"):
+        stage.director.order("load", "pets")
+    stage.crew.slow = False
+    stage.crew.finish()
+    order.join(TIMEOUT_S)
+    stage.director.order("promote", "pets", [1])
+    stage.director.close()
+    assert stage.stable == 1
+
+
+def test_an_edit_just_after_an_order_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, 3)
+    change = policies.change
+
+    def then_edited(
+        model: Path, make: Callable[[policies.Policy], policies.Policy]
+    ) -> tuple[policies.Policy, policies.Stamp]:
+        changed = change(model, make)
+        stage.policy("serve = [1]")
+        return changed
+
+    monkeypatch.setattr(policies, "change", then_edited)
+    stage.director.promote("pets", 2)
+    stage.go_on()
+    assert stage.stable == 1
+
+
+def test_nothing_is_told_of_a_model_that_was_deleted(stage: Stage) -> None:
+    write(stage.folder / "cars")
+    stage.go_on()
+    stage.director.unload("cars")
+    shutil.rmtree(stage.folder / "cars")
+    stage.go_on(2)
+    assert set(stage.crew.states) == {"pets"}
+    told = stage.metrics.snapshot()
+    gauges = ("model_serving_version", "model_version_state", "model_broken_versions")
+    assert {labels[0] for gauge in gauges for labels, _ in told[gauge]} == {"pets"}
 
 
 # Candidates.

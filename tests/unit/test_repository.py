@@ -78,6 +78,20 @@ class Shop:
         return [labels[1] for labels, _ in self.metrics.snapshot()["model_info"]]
 
 
+def test_a_model_that_is_not_there_any_more_is_forgotten(tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+    repository = shop.repository
+    repository.load("pets", 1)
+    repository.route("pets", Route(1))
+    repository.show([ModelState("pets")])
+    repository.route("pets", Route())
+    repository.unload("pets", 1)
+    assert [entry.name for entry in repository.entries()] == ["pets"]
+    repository.show([])
+    assert repository.entries() == []
+    assert shop.metrics.snapshot()["model_fallback"] == []
+
+
 @pytest.fixture
 def shop(tmp_path: Path) -> Iterator[Shop]:
     shop = Shop(tmp_path)
