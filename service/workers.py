@@ -879,8 +879,9 @@ class Supervisor:
         for number, loading in list(self._loading.items()):
             if member in loading.waiting:
                 loading.waiting.discard(member)
-                reason = f"{member.orders.name} died while it was loaded"
-                loading.outcomes[member] = Refused(reason, passing=True)
+                if not member.lacks:  # else that is not what it died of
+                    reason = f"{member.orders.name} died while it was loaded"
+                    loading.outcomes[member] = Refused(reason, passing=True)
             elif isinstance(loading.outcomes.get(member), Loaded):
                 del loading.outcomes[member]  # whoever takes its place is asked again
             if number in self._loading:

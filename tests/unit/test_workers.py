@@ -216,8 +216,18 @@ def test_one_that_cannot_load_what_others_have_leaves_the_calls_to_them(
     assert killed == ["engine-0"]
     assert crew.said == [("pets", 2, "acceptor-0: no such file")]
     assert ("open", None) in crew.asked("acceptor-0")
+    # It keeps no other version from the others.
+    crew.said.clear()
+    crew.load(3)
+    [(number, _)] = crew.loads("engine-1")
+    crew.die("engine-0")
+    crew.answer("engine-1", "loaded", (number, FP32))
+    for name in ("acceptor-0", "acceptor-1"):
+        crew.answer(name, "loaded", (number, FP32))
+    assert crew.said == [FP32]
     # Ever more seldom.
     member, pauses = crew.member("engine-0"), []
+    member.retry_s = 0.1
     for _ in range(13):
         member.lacks = True
         crew.supervisor._put_off(member, member.started + 100.0, "died")
