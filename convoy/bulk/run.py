@@ -4,10 +4,11 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ _MOST_TROUBLE = 10
 # Ray begins an actor that died anew, and does what it had again, for ever: as a rule it is a machine
 # that died. A part that so many die with is the reason itself.
 _TRIES = 4
+_CONNECT_S = 10.0
 # Beside the model nothing large goes through Ray's object store.
 _OBJECT_STORE = 128 << 20
 
@@ -55,7 +57,7 @@ def run(images: str, to: str, settings: BulkSettings) -> int:
             if trouble:
                 raise ConvoyError(
                     f"{len(job.missing())} of {len(job.parts)} files of answers are missing:\n  "
-                    + "\n  ".join(trouble[:_MOST_TROUBLE])
+                    + "\n  ".join(list(dict.fromkeys(trouble))[:_MOST_TROUBLE])
                 )
         summary = job.summary() or job.finish()
     except OSError as error:
@@ -112,16 +114,21 @@ class _Actor:
     """What Ray Data makes in each process."""
 
     def __init__(self, job: Job, bundle: Any, actors: _Actors, skip_unreadable: bool) -> None:
-        self._job = job
-        self._worker = Worker(
-            job, ray.get(bundle), actors.device, actors.cpus, skip_unreadable=skip_unreadable
-        )
+        self._job, self._refusal = job, ""
+        try:
+            self._worker = Worker(
+                job, ray.get(bundle), actors.device, actors.cpus, skip_unreadable=skip_unreadable
+            )
+        except ConvoyError as error:  # which Ray would tell with ninety lines of its own
+            self._refusal = f"{socket.gethostname()}: {error}"
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
         done = [self._do(self._job.parts[number]) for number in parts["part"]]
         return {name: np.array([getattr(each, name) for each in done]) for name in done[0]._fields}
 
     def _do(self, part: Part) -> Done:
+        if self._refusal:
+            return Done(0, 0, self._refusal)
         again = ray.get_runtime_context().was_current_actor_reconstructed
         if again and self._job.take(part) > _TRIES:
             return Done(
@@ -136,7 +143,12 @@ def _classify(job: Job, bundle: Bundle, settings: BulkSettings, parts: list[Part
     """Does these parts, but those that are returned, each with what is the matter with it."""
     trouble: list[str] = []
     in_a_row = 0
-    with _cluster(settings, bundle) as here, _progress(job, parts) as tell:
+    # Ray tells on standard output what has died, where the summary belongs.
+    with (
+        redirect_stdout(sys.stderr),
+        _cluster(settings, bundle) as here,
+        _progress(job, parts) as tell,
+    ):
         actors = _actors(settings, here)
         context = DataContext.get_current()
         context.enable_progress_bars = False
@@ -171,17 +183,17 @@ def _cluster(settings: BulkSettings, bundle: Bundle) -> Iterator[list[dict[str, 
         graphs = sum(file.bytes for file in bundle.manifest.files.values())
         ours = {"num_cpus": whole_cores(), "include_dashboard": False}
         ours["object_store_memory"] = _OBJECT_STORE + 2 * graphs
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdigit():  # Ray itself would try for many minutes
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **ours)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConvoyError(f"no Ray cluster at {address}: {error}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         nodes = ray.nodes()  # type: ignore[no-untyped-call]  # it has no types
         yield [node["Resources"] for node in nodes if node["Alive"]]
-    # What an actor raises comes with the class of what was raised, and of Ray's own error.
-    except ConvoyError as error:
-        raise ConvoyError(str(getattr(error, "cause", error))) from error
     finally:
         ray.shutdown()
 

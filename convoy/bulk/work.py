@@ -47,7 +47,7 @@ class _Unread(InvalidImage):
 
 
 class _Trouble(ConvoyError):
-    """An image can't be had now, which is not its fault."""
+    """Images can't be had now, which is not their fault."""
 
 
 class Done(NamedTuple):
@@ -98,10 +98,7 @@ class Worker:
         self._runner = ThreadPoolExecutor(1)
 
     def do(self, part: Part) -> Done:
-        """Answers a part of the job, and writes the answers in one step.
-
-        Raises InferenceFailed where the model fails on every image of a batch.
-        """
+        """Answers a part of the job, and writes the answers in one step."""
         keys: list[str] = []
         errors: list[InvalidImage | None] = []
         answers: list[Probabilities] = []
@@ -115,8 +112,6 @@ class Worker:
                 raise _Trouble(f"none of its {len(errors)} images can be read: {errors[0]}")
             table = self._table(keys, np.concatenate(answers), errors)
             self._job.place(part).write(table)
-        except InferenceFailed:
-            raise
         except (ConvoyError, OSError, pa.ArrowException) as error:
             return Done(0, 0, f"part {part.number}: {error}")
         return Done(part.rows, sum(error is not None for error in errors))
