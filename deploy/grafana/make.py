@@ -443,7 +443,7 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
         if panel.stacked:
             custom["stacking"] = {"mode": "normal", "group": "A"}
         if panel.log:
-            custom["scaleDistribution"] = {"type": "log", "log": 10}
+            custom["scaleDistribution"] = {"type": "symlog", "log": 10, "linearThreshold": 1}
         defaults["custom"] = custom
         options = {
             "legend": {
