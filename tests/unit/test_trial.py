@@ -23,7 +23,7 @@ from service.settings import Settings
 from service.trial import Arm, Pair, Trial, Trials, Version
 from tests.unit import graphs
 from tests.unit.test_life import WATCH_S, Crew, Stage
-from tests.unit.versions import MANIFEST, ONNX, write
+from tests.unit.versions import MANIFEST, write
 
 TIMEOUT_S = 30.0
 LABELS = ["a", "b", "c"]
@@ -356,19 +356,6 @@ def test_what_was_counted_before_does_not_count(judged: Judged) -> None:
     assert judged.reason(2) == "on trial: 0 of 1000 requests"
     judged.count(GOOD)
     assert judged.route == (1, 2)
-
-
-def test_what_can_not_be_compared_waits_for_a_person(judged: Judged) -> None:
-    judged.policy("[canary]\n")
-    judged.director.settle()
-    pixels = np.zeros((1, 8, 8, 3), np.uint8)
-    golden = Golden(pixels, np.array([[0.5, 0.5]], np.float32))
-    bundles.write(judged.model, replace(MANIFEST, pixels=Target(8, 8, 3, "crop")), ONNX, golden)
-    judged.go_on(3)
-    assert judged.route == (1, 2)
-    assert "takes images of [8, 8, 3], the stable version [4, 5, 3]" in judged.reason(2)
-    judged.director.promote("pets")
-    assert judged.route == (2, 0)
 
 
 def test_a_verdict_waits_for_a_file_that_a_person_has_to_mend(
