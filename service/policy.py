@@ -129,7 +129,7 @@ def change(model: Path, make: Callable[[Policy], Policy]) -> tuple[Policy, Stamp
     the file are lost. Raises ConvoyError where it can't be read or written (NotPossible where others
     hold it), and what `make` raises.
     """
-    with _alone(model.parent):
+    with alone(model.parent):
         before = read(model)
         after = make(before)
         if after != before:
@@ -138,7 +138,7 @@ def change(model: Path, make: Callable[[Policy], Policy]) -> tuple[Policy, Stamp
 
 
 @contextmanager
-def _alone(models: Path) -> Iterator[None]:
+def alone(models: Path) -> Iterator[None]:
     """Holds the policies in a models folder against others who change one. Not `bundles.exclusive`:
     who publishes may have that for minutes.
     """

@@ -44,7 +44,7 @@ from obstore.store import MemoryStore, from_url
 from service import bundle as bundles
 from service import policy as policies
 from service.bundle import MANIFEST, Manifest
-from service.errors import BrokenVersion, ConvoyError
+from service.errors import BrokenVersion, ConvoyError, NotPossible
 from service.metrics import Metrics
 from service.policy import FILE, Policy
 from service.settings import Settings
@@ -617,10 +617,13 @@ class Store:
     def _take(self, path: Path, ours: bytes | None, theirs: bytes | None) -> None:
         if ours == theirs:
             return
-        with bundles.exclusive(path.parent):  # orders change it under the same lock
-            if _read(path) != ours:
-                raise _Changed("an order was given just now")
-            _replace(path, theirs)
+        try:
+            with policies.alone(self.folder):  # orders change it under the same lock
+                if _read(path) != ours:
+                    raise _Changed("an order was given just now")
+                _replace(path, theirs)
+        except NotPossible as error:
+            raise _Changed(str(error)) from error
 
     def _put_policy(self, path: str, data: bytes, same: bytes | None, listed: bool) -> str:
         """Writes it where the store still has `same`; its id there."""
