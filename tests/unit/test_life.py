@@ -499,7 +499,7 @@ def test_who_holds_the_folder_keeps_orders_waiting_for_a_while_only(
 ) -> None:
     monkeypatch.setattr(policies, "_WAIT_S", 0.05)
     stage = Stage(tmp_path, 2)
-    with policies._alone(tmp_path), pytest.raises(NotPossible, match="is locked by another"):
+    with policies.alone(tmp_path), pytest.raises(NotPossible, match="is locked by another"):
         stage.director.promote("pets", 1)
     assert stage.stable == 2
     stage.director.promote("pets", 1)
