@@ -12,10 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -27,8 +25,6 @@ from service.model import Model
 
 if TYPE_CHECKING:
     from service.settings import Settings
-
-T = TypeVar("T")
 
 log = logging.getLogger("convoy.aside")
 
@@ -114,17 +110,6 @@ def prove(folder: Path, settings: "Settings") -> Proof | None:
         cause = OSError(answer.refused) if answer.passing else None
         raise BrokenVersion(answer.refused) from cause
     return answer.proof
-
-
-def quietly(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, done on a thread of the lowest priority."""
-
-    def settle() -> None:
-        # On Linux each thread has its own.
-        os.nice(_NICENESS)
-
-    with ThreadPoolExecutor(1, "quiet", settle) as pool:
-        return pool.submit(work).result()
 
 
 def main() -> None:

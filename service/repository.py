@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from service import bundle as bundles
 from service import images
-from service.aside import Proof, quietly
+from service.aside import Proof
 from service.batcher import Answer, Batch, Batcher, BatchTimes
 from service.bundle import Bundle, Probabilities
 from service.canary import Canary, Decision, position
@@ -368,8 +368,7 @@ def runs_here(
     ) -> Made:
         name, version, size = bundle.name, bundle.version, bundle.manifest.max_batch_size
         wanted = variant or settings.variant
-        load = partial(
-            Model.load,
+        model = Model.load(
             bundle,
             settings.device,
             budget.run_threads,
@@ -379,9 +378,6 @@ def runs_here(
             gently=gently,
             proved=proof is not None,
         )
-        # A session has threads of its own, which stay as slow as the one that has made it; but not
-        # for one core.
-        model = quietly(load) if proof and budget.run_threads == 1 else load()
         if proof:
             model.fallback = model.fallback or proof.fallback
         if model.fallback:

@@ -134,12 +134,3 @@ def test_what_has_proved_itself_shows_one_answer_where_it_serves(
 def test_on_a_card_nothing_is_proved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aside, "expects_card", lambda device: True)
     assert aside.prove(tmp_path, Settings()) is None
-
-
-def test_a_quiet_thread_is_quiet_and_the_others_are_not() -> None:
-    here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    there = aside.quietly(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-    assert there == 19
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here
-    with pytest.raises(ZeroDivisionError):
-        aside.quietly(lambda: 1 // 0)
