@@ -15,8 +15,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
+import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -85,10 +88,37 @@ class Clients:
         return [float(np.sum(each.answered > load.warmup_s)) / seconds for each in samples]
 
 
-class Publisher:
-    """Publishes a version every few seconds, and sees when it answers."""
+class Server(Running):
+    """The service, and what it says. Who asked it again and again whether a version answers would be
+    part of what is measured.
+    """
 
-    def __init__(self, models: Path, name: str, channel: grpc.Channel, server: Running) -> None:
+    def __init__(self, command: list[str], cores: str) -> None:
+        read, write = os.pipe()
+        self._said = queue.SimpleQueue[str]()
+        self._log = os.fdopen(read)
+        threading.Thread(target=self._read, daemon=True).start()
+        self.process = subprocess.Popen(["taskset", "-c", cores, *command], stderr=write)
+        os.close(write)
+        self.port = int(self.wait_for(r"ready in .* gRPC on \S+:(\d+),")[1])
+
+    def _read(self) -> None:
+        for line in self._log:
+            self._said.put(line)
+        self._said.put("")
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The next line that it says which holds this."""
+        while line := self._said.get(timeout=TIMEOUT_S):
+            if match := re.search(pattern, line):
+                return match
+        raise SystemExit(f"it ended, and did not say {pattern!r}")
+
+
+class Publisher:
+    """Publishes a version every few seconds, and hears when it answers."""
+
+    def __init__(self, models: Path, name: str, channel: grpc.Channel, server: Server) -> None:
         self._folder, self._name, self._server = models / name, name, server
         self._classifier: Any = ImageClassifierStub(channel)  # type: ignore[no-untyped-call]
         self._control: Any = ModelControlStub(channel)  # type: ignore[no-untyped-call]
@@ -108,10 +138,7 @@ class Publisher:
         shutil.copytree(self._source, beside)
         beside.rename(self._folder / str(self.version))
         began = time.perf_counter()
-        while self.serving() != self.version:
-            if time.perf_counter() > began + TIMEOUT_S:
-                raise SystemExit(f"version {self.version} does not serve")
-            time.sleep(0.01)
+        self._server.wait_for(f"version {self.version} answers")
         self.switches.append((began, time.perf_counter()))
         if self.version > KEPT + 1:
             shutil.rmtree(self._folder / str(self.version - KEPT))
@@ -162,7 +189,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = [*CONVOY, "serve", "--models", str(models), "--host", "127.0.0.1", "--port", "0"]
     command += ["--metrics-port", "0", "--shutdown-delay-s", "0", "--watch-s", str(options.watch)]
     command += ["--allow-repository-control", *options.server.split()]
-    server = Running(command, r"ready in .* gRPC on \S+:(\d+),", options.server_cores)
+    server = Server(command, options.server_cores)
     target = f"127.0.0.1:{server.port}"
     with contextlib.ExitStack() as stack:
         stack.callback(server.stop)
