@@ -22,10 +22,12 @@ from convoy.bulk.settings import BulkSettings
 from convoy.bulk.work import Done
 from service import bundle as bundles
 from service import images
+from service.errors import ConvoyError
 from service.model import Model
-from tests.conftest import REPOSITORY, TIMEOUT_S, environment
-from tests.integration.models import digits
+from tests.conftest import REPOSITORY, TIMEOUT_S, convoy, environment
+from tests.integration.models import digits, flip_a_byte
 from tests.integration.pictures import encode
+from tests.unit.versions import write
 
 ray = pytest.importorskip("ray", reason="there is no Ray: pip install 'convoy-serving[bulk]'")
 
@@ -138,9 +140,60 @@ def test_each_image_is_answered_once_though_the_driver_and_a_node_are_killed(
     assert (summary["count"], summary["errors"]) == (IMAGES, len(BROKEN))
     assert summary["labels"] == {label: labels.count(label) for label in sorted(set(labels))}
     assert summary["unsure"] == sum(row["unsure"] for row in answered)
-    # Once more: it is done.
-    with start(folder, to, cluster.address) as third:
-        assert json.loads(third.communicate(timeout=4 * TIMEOUT_S)[0]) == summary
+    # Once more: it is done, which needs no Ray.
+    flags = ("--models", str(REPOSITORY / "models"), "--images-per-file", str(PER_FILE))
+    third = convoy("bulk", folder, to, *flags)
+    assert third.stdout.startswith(f"20,000 images, digits version 1: {to}\n"), third.stderr
+    assert "\nerrors: 3\n  00/00000.png: the image is damaged" in third.stdout
+    other = convoy("bulk", folder, to, *flags, "--probabilities")
+    assert other.returncode == 1
+    assert "was begun with probabilities False, not True: go on with these" in other.stderr
+
+
+def test_actors_are_as_many_as_there_is_room_for() -> None:
+    from convoy.bulk.run import _Actors, _actors
+
+    cpus = [{"CPU": 4.0}, {"CPU": 3.0}, {"memory": 1.0}]
+    cards = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}]
+    plain = BulkSettings()
+    assert _actors(plain, cpus) == _Actors(7, "cpu", 1, 0)
+    assert _actors(replace(plain, cpus=2), cpus) == _Actors(3, "cpu", 2, 0)
+    assert _actors(replace(plain, actors=50), cpus) == _Actors(50, "cpu", 1, 0)
+    assert _actors(plain, cards) == _Actors(4, "cuda", 4, 1)
+    assert _actors(replace(plain, device="tensorrt", cpus=8), cards) == _Actors(3, "tensorrt", 8, 1)
+    assert _actors(replace(plain, device="cpu"), cards) == _Actors(88, "cpu", 1, 0)
+    with pytest.raises(ConvoyError, match="has 1 cores and a card"):
+        _actors(replace(plain, device="cuda"), cpus)
+    with pytest.raises(ConvoyError, match="has 9 cores"):
+        _actors(replace(plain, cpus=9), cpus)
+
+
+def test_the_version_is_the_one_that_would_serve(tmp_path: Path) -> None:
+    from convoy.bulk.run import _read_version
+
+    def version(policy: str = "", **settings: Any) -> int:
+        (tmp_path / "pets" / "versions.toml").write_text(policy)
+        return _read_version(replace(BulkSettings(models=tmp_path), **settings), None).version
+
+    for _ in range(4):
+        write(tmp_path / "pets")
+    flip_a_byte(tmp_path / "pets" / "4" / "model.onnx")
+    assert version() == 3  # 4 is broken
+    assert version("skip = [3]") == 2
+    assert version("serve = [1, 2]") == 2
+    assert version("[labels]\nstable = 1") == 1
+    assert version("[labels]\nstable = 1", version=2, model="pets") == 2
+    for words, asked in (
+        ("sha256", {"version": 4}),
+        ("has no version 9; it has", {"version": 9}),
+        ("has no graph in int8", {"variant": "int8"}),
+        ("has no version", {"model": "cars"}),
+    ):
+        with pytest.raises(ConvoyError, match=words):
+            version(**asked)
+    write(tmp_path / "cars")
+    with pytest.raises(ConvoyError, match="has cars, pets: name one with --model"):
+        version()
 
 
 def test_a_part_that_kills_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
