@@ -131,6 +131,21 @@ def test_what_has_proved_itself_shows_one_answer_where_it_serves(
     assert set(sizes) == {1, COLOURS_BATCH}
 
 
+def test_where_no_core_is_idle_it_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = add_slow_to_load(tmp_path)
+    monkeypatch.setattr(aside, "_PATIENCE_S", 0.05)
+    # More than there is: as if it got nothing.
+    monkeypatch.setattr(aside, "_LEAST_SHARE", 100.0)
+    assert aside.prove(bundle.folder, CPU) is None
+    assert "others leave it no core" in caplog.text
+    assert not children()
+    # However long it takes, as long as it gets on.
+    monkeypatch.setattr(aside, "_LEAST_SHARE", 0.0)
+    assert aside.prove(bundle.folder, CPU)
+
+
 def test_on_a_card_nothing_is_proved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aside, "expects_card", lambda device: True)
     assert aside.prove(tmp_path, Settings()) is None
