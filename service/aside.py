@@ -122,11 +122,12 @@ def _ask(process: "subprocess.Popen[bytes]", order: bytes, folder: Path) -> byte
     began = time.monotonic()
     while True:
         try:
-            return process.communicate(given, _PATIENCE_S)[0]
+            return process.communicate(given, min(_PATIENCE_S, _LIMIT_S))[0]
         except subprocess.TimeoutExpired as error:
             given = None  # it has that
             passed_s = time.monotonic() - began
-            starved = _cpu_s(process.pid) < _LEAST_SHARE * passed_s
+            share = _cpu_s(process.pid) / passed_s
+            starved = passed_s >= _PATIENCE_S and share < _LEAST_SHARE
             if not starved and passed_s < _LIMIT_S:
                 continue
             process.kill()
