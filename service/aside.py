@@ -181,7 +181,7 @@ def _answer(order: _Order) -> _Answer:
             clock=time.thread_time,
         )
     except BrokenVersion as error:
-        return _Answer(None, str(error), isinstance(error.__cause__, (OSError, MemoryError)))
+        return _Answer(None, str(error), error.passing)
     except Exception as error:
         log.exception("%s can't be proved", order.folder)
         return _Answer(None, str(error) or repr(error), isinstance(error, (OSError, MemoryError)))

@@ -23,8 +23,10 @@ import shutil
 import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -103,6 +105,15 @@ class Thresholds:
     coverage: float
     accuracy: float
 
+    @cached_property
+    def _limits(self) -> npt.NDArray[np.float64]:
+        return np.maximum(self.per_class, self.unsure)
+
+    def limits(self, probabilities: Probabilities) -> npt.NDArray[np.float64]:
+        """What the label's probability must reach in each of the answers `[N, classes]`, `[N]`."""
+        found: npt.NDArray[np.float64] = self._limits[probabilities.argmax(axis=1)]
+        return found
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -159,6 +170,13 @@ class Bundle:
     @property
     def sha256(self) -> str:
         return self.manifest.files[MODEL].sha256
+
+    def check(self, digest: str) -> None:
+        """Raises BrokenVersion where it has other contents than this `digest` says; "" is any."""
+        if digest not in ("", self.digest):
+            raise BrokenVersion(
+                f"{self.folder} was changed: a version never changes, publish a new one"
+            )
 
     def weights(self) -> list[npt.NDArray[Any]]:
         """Those of the trained network, in its order; empty where the version has none.
@@ -400,14 +418,14 @@ def write(
             version.mkdir()
             for name, file in files.items():
                 _write_synced(version / name, file)
-            _sync(version)
+            sync(version)
             # Before the version appears, so that a disk that is full by now publishes nothing.
             for name, text in beside.items():
                 _write_synced(temporary / name, text.encode())
             folder = _rename_to_next(version, model)
             for name in beside:
                 (temporary / name).replace(model / name)
-        _sync(model)
+        sync(model)
     except OSError as error:
         raise ConvoyError(
             f"the new version could not be written to {model}: {error.strerror or error}; "
@@ -495,7 +513,24 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
+def replace_file(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Readers see the old file or the new one, whole, also where several write it. `mode`: else as
+    other files are. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        _write_synced(temporary, data)
+        if mode is not None:
+            temporary.chmod(mode)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync(folder: Path) -> None:
+    """What was renamed in it stays so. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

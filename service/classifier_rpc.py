@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 
 from protos import classifier_pb2 as pb
 from service.batcher import Answer
@@ -14,6 +15,8 @@ from service.front import Call, Front
 from service.images import Pixels
 from service.orders import Order, carry_out
 from service.repository import Entry, Repository, Served
+
+Flags = npt.NDArray[np.bool_]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
 CONTROL = pb.DESCRIPTOR.services_by_name["ModelControl"].full_name
@@ -72,15 +75,17 @@ class ClassifierRpc:
             decoded, decode_s = await served.decode(inputs, call.deadline)
             readable = [item for item in decoded if not isinstance(item, InvalidImage)]
             answer: Answer | None = None
+            unsure: Flags = np.empty(0, np.bool_)
             if readable:
                 pixels = readable[0][np.newaxis] if len(readable) == 1 else np.stack(readable)
                 answer = await served.run(pixels, call.deadline)
+                unsure = served.unsure(answer.outputs)
                 if served.observed:
                     given = zip(inputs, decoded, strict=True)
                     taken = [each for each, item in given if not isinstance(item, InvalidImage)]
-                    served.answered(taken, pixels, answer.outputs)  # type: ignore[arg-type]
+                    served.answered(taken, pixels, answer.outputs, unsure)  # type: ignore[arg-type]
         response.model, response.version = served.name, served.version
-        _add_results(response, served, decoded, answer, request.top_k or 1)
+        _add_results(response, served, decoded, answer, unsure, request.top_k or 1)
         timings = response.timings
         timings.decode_s = decode_s
         if answer:
@@ -202,17 +207,18 @@ def _add_results(
     served: Served,
     decoded: list[Pixels | InvalidImage],
     answer: Answer | None,
+    unsure: Flags,
     top_k: int,
 ) -> None:
-    rows = iter(answer.outputs if answer else np.empty(0, np.float32))
-    thresholds, unsure = served.thresholds, 0
+    rows = zip(answer.outputs if answer else (), unsure.tolist(), strict=True)
+    doubts = 0
     for item in decoded:
         result = response.results.add()
         if isinstance(item, InvalidImage):
             error = result.error
             error.code, error.message = grpc.StatusCode.INVALID_ARGUMENT.value[0], str(item)
             continue
-        row = next(rows)
+        row, is_unsure = next(rows)
         best = row.argmax()  # NaN where there is one
         if not math.isfinite(row[best]):
             error = result.error
@@ -226,8 +232,8 @@ def _add_results(
             classification.labels.add(
                 index=index, name=served.manifest.labels[index], probability=row[index]
             )
-        if thresholds and float(row[best]) < thresholds[best]:
+        if is_unsure:
             classification.unsure = True
-            unsure += 1
-    if unsure:
-        served.count_unsure(unsure)
+            doubts += 1
+    if doubts:
+        served.count_unsure(doubts)

@@ -55,3 +55,8 @@ class InferenceFailed(ConvoyError):
 
 class BrokenVersion(ConvoyError):
     """A version folder that is incomplete, damaged, or does not prove itself."""
+
+    @property
+    def passing(self) -> bool:
+        """What is wrong is not the version but the machine: it may work another time as it is."""
+        return isinstance(self.__cause__, (OSError, MemoryError))

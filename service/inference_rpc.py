@@ -176,7 +176,8 @@ class InferenceRpc:
             failed = np.flatnonzero(np.isnan(answer.outputs).any(axis=1)).tolist()
             raise InferenceFailed(f"the model failed on image {', '.join(map(str, failed))}")
         if served.observed:
-            served.answered(given, inputs, answer.outputs)  # type: ignore[arg-type]
+            outputs = answer.outputs
+            served.answered(given, inputs, outputs, served.unsure(outputs))  # type: ignore[arg-type]
         head, rest = b"", pb.ModelInferResponse(id=request.id)
         always = _head(served.name, served.version, served.manifest.output, answer.outputs.shape)
         if raw:

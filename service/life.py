@@ -88,7 +88,7 @@ class Refused(NamedTuple):
 
     @classmethod
     def by(cls, error: BrokenVersion) -> "Refused":
-        return cls(str(error), isinstance(error.__cause__, (OSError, MemoryError)))
+        return cls(str(error), error.passing)
 
 
 class Crew(Protocol):
@@ -318,12 +318,6 @@ class Director:
 
     # What is known.
 
-    @property
-    def settled(self) -> bool:
-        """Nothing is being loaded, nor about to be."""
-        with self._changed:
-            return self._settled()
-
     def states(self) -> tuple[ModelState, ...]:
         return self._states
 
@@ -336,10 +330,6 @@ class Director:
                 for version in model.versions.values()
                 if version.held or version.state == LOADING
             }
-
-    def routes(self) -> dict[str, Route]:
-        with self._changed:
-            return {model.name: model.route for model in self._models.values()}
 
     def serving(self) -> str:
         """What answers, for a person to read."""

@@ -5,7 +5,7 @@ from functools import partial
 from threading import Thread
 
 from service.errors import NotAllowed
-from service.task import Done, Wait
+from service.task import elsewhere
 
 # Takes a verb (promote, rollback, pin, load or unload), a model and versions of it; returns when that
 # is carried out, which may take minutes. Raises ConvoyError, whose text says why it is not.
@@ -24,21 +24,7 @@ async def carry_out(
             "--allow-repository-control, or write what is to serve into the model's versions.toml "
             "(`convoy models --models FOLDER`)"
         )
-    wait: Wait[None] = Wait(lambda done: _Given(partial(order, verb, name, versions), done))
-    await wait
-
-
-class _Given:
-    def __init__(self, order: Callable[[], None], done: Done[None]) -> None:
-        def run() -> None:
-            try:
-                order()
-            except Exception as error:
-                done(error)
-            else:
-                done(None)
-
-        Thread(target=run, name="order", daemon=True).start()
-
-    def cancel(self) -> None:
-        """What is ordered is done, whether the caller waits for it or not."""
+    await elsewhere(
+        partial(order, verb, name, versions),
+        lambda run: Thread(target=run, name="order", daemon=True).start(),
+    )

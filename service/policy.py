@@ -13,11 +13,10 @@ of it. Whoever serves the folder (a server, or several that share it) does what 
 import fcntl
 import os
 import re
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -163,18 +162,8 @@ def alone(models: Path) -> Iterator[None]:
 
 def _write(file: Path, policy: Policy) -> None:
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{FILE}-", dir=file.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
-                opened.write(_toml(policy))
-                opened.flush()
-                os.fsync(opened.fileno())
-            # As other files are, not as temporary ones.
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(file)
-        finally:
-            with suppress(FileNotFoundError):
-                Path(temporary).unlink()
+        # Whoever serves the folder reads it.
+        bundles.replace_file(file, _toml(policy).encode(), 0o644)
     except OSError as error:
         raise ConvoyError(f"{file} can't be written: {error.strerror or error}") from error
 

@@ -41,7 +41,7 @@ from service.images import Pixels
 from service.metrics import Metrics
 from service.model import Model
 from service.settings import Settings
-from service.task import Done, Wait
+from service.task import Done, Wait, elsewhere
 from service.trial import Trials, Version
 
 _DECODE_JOBS = 32
@@ -93,10 +93,7 @@ class Served:
         self._unused = threading.Event()
         self._observers, self._failed_observers = observers, set[Observer]()
         self.name, self.version, self.manifest = bundle.name, bundle.version, bundle.manifest
-        # For each class what its probability must be, or the answer is unsure; None where nothing is.
-        self.thresholds: list[float] | None = None
-        if thresholds := self.manifest.thresholds:
-            self.thresholds = [max(thresholds.unsure, own) for own in thresholds.per_class]
+        if self.manifest.thresholds:
             metrics.unsure(self.name, 0)
         self._decoders, self._metrics, self._settings = decoders, metrics, settings
         metrics.observer_failed(self.name, 0)
@@ -138,6 +135,15 @@ class Served:
         self._metrics.images(self.name, "invalid", invalid)
         return decoded, seconds
 
+    def unsure(self, probabilities: Probabilities) -> npt.NDArray[np.bool_]:
+        """Which of the answers float32 `[N, classes]` are unsure, `[N]`; NaN is no answer."""
+        thresholds = self.manifest.thresholds
+        if thresholds is None:
+            return np.zeros(len(probabilities), np.bool_)
+        # Not `not >=`: that is True for NaN.
+        found: npt.NDArray[np.bool_] = probabilities.max(axis=1) < thresholds.limits(probabilities)
+        return found
+
     def count_unsure(self, images: int) -> None:
         """So many were answered as unsure."""
         self._metrics.unsure(self.name, images)
@@ -148,14 +154,13 @@ class Served:
         return bool(self._observers)
 
     def answered(
-        self, inputs: Sequence[bytes | Pixels], pixels: Pixels, probabilities: Probabilities
+        self,
+        inputs: Sequence[bytes | Pixels],
+        pixels: Pixels,
+        probabilities: Probabilities,
+        unsure: npt.NDArray[np.bool_],
     ) -> None:
         """Tells the observers what was answered: see `Answered`."""
-        unsure = np.zeros(len(probabilities), np.bool_)
-        if self.thresholds:
-            labels = probabilities.argmax(axis=1)
-            # Not `<` for NaN, which is no answer.
-            unsure = probabilities.max(axis=1) < np.asarray(self.thresholds)[labels]
         told = Answered(self, inputs, pixels, probabilities, unsure)
         for observer in self._observers:
             try:
@@ -169,8 +174,7 @@ class Served:
 
     async def aside(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises, done on the pool: what would keep other calls waiting."""
-        result: T = await Wait(lambda done: _Aside(work, self._decoders, done))
-        return result
+        return await elsewhere(work, self._decoders.submit)
 
     def _check_time(self, images: int, deadline: float | None) -> None:
         wait_s = self.batcher.wait_s(images)
@@ -264,20 +268,6 @@ def _decode(
         return images.prepare(item, target, max_megapixels)
     except InvalidImage as error:
         return error
-
-
-class _Aside:
-    def __init__(self, work: Callable[[], T], pool: ThreadPoolExecutor, done: Done[T]) -> None:
-        def run() -> None:
-            try:
-                done(work())
-            except Exception as error:
-                done(error)
-
-        pool.submit(run)
-
-    def cancel(self) -> None:
-        """It is not waited for in vain: what is begun is finished."""
 
 
 class _Decoding:
@@ -584,8 +574,7 @@ class Repository:
             self.unload(name, version)
         try:
             bundle = bundles.read(self.folder / name / str(version))
-            if digest not in ("", bundle.digest):
-                raise BrokenVersion(_CHANGED.format(bundle.folder))
+            bundle.check(digest)
             made = self._make(bundle, variant, gently, proof)
         except BrokenVersion:
             raise
@@ -783,14 +772,9 @@ class Repository:
         self._decoders.shutdown(cancel_futures=True)
 
 
-_CHANGED = "{} was changed: a version never changes, publish a new one"
-
-
 def _loaded(served: Served, digest: str) -> Loaded:
-    bundle = served.bundle
-    if digest not in ("", bundle.digest):
-        raise BrokenVersion(_CHANGED.format(bundle.folder))
-    return Loaded(served.device, served.variant, served.fallback, bundle.digest)
+    served.bundle.check(digest)
+    return Loaded(served.device, served.variant, served.fallback, served.bundle.digest)
 
 
 def _ignore(_: object = None) -> None:

@@ -450,12 +450,12 @@ class Store:
         )  # fmt: skip
         for name, file in manifest.files.items():
             self._fetch_file(key, files, files[name], incoming / name, file.sha256)
-        _sync(incoming)
+        bundles.sync(incoming)
         place = self._place(key)
         place.parent.mkdir(exist_ok=True)
         self._discard(place)
         incoming.rename(place)
-        _sync(place.parent)
+        bundles.sync(place.parent)
         log.info("%s/%d of %s is in %s", *key, self.url, place)
 
     def _begin(self, incoming: Path, data: bytes) -> Manifest:
@@ -740,24 +740,12 @@ def _replace(path: Path, data: bytes | None) -> None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("wb") as file:
-        file.write(data)
-        _flush(file)
-    beside.replace(path)
+    bundles.replace_file(path, data)
 
 
 def _flush(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def pull(url: str, folder: Path, newest: int = 1, source: Source | None = None) -> list[Path]:

@@ -39,6 +39,31 @@ class Wait(Generic[T]):
         return (yield self)
 
 
+async def elsewhere(work: Callable[[], T], begin: Callable[[Callable[[], None]], object]) -> T:
+    """What `work` returns or raises, done wherever `begin` has it done: on a pool, or a thread of its
+    own. What is begun is finished, whether it is waited for or not.
+    """
+
+    def start(done: Done[T]) -> Cancellable:
+        def run() -> None:
+            try:
+                outcome: T | Exception = work()
+            except Exception as error:
+                outcome = error
+            done(outcome)
+
+        begin(run)
+        return _Begun()
+
+    result: T = await Wait(start)
+    return result
+
+
+class _Begun:
+    def cancel(self) -> None:
+        """Too late."""
+
+
 class Task:
     """A handler on its way. Runs on one thread, wherever what it waits for ends.
 

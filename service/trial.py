@@ -265,12 +265,8 @@ def _load(stable: Version, candidate: Version, settings: Settings) -> Pair:
     """Both once more, each with a session to itself. Raises BrokenVersion."""
     models = []
     for version in (stable, candidate):
-        try:
-            bundle = bundles.read(version.bundle.folder)
-        except OSError as error:
-            raise BrokenVersion(str(error)) from error
-        if bundle.digest != version.bundle.digest:
-            raise BrokenVersion(f"{bundle.folder} was changed since it was loaded")
+        bundle = bundles.read(version.bundle.folder)
+        bundle.check(version.bundle.digest)
         models.append(
             Model.load(
                 bundle,

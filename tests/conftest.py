@@ -1,5 +1,6 @@
 """What tests of several folders share: the real server, as a process of its own."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -30,6 +31,26 @@ def environment(**variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CONVOY_")}
     ours = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "CONVOY_CACHE": "off"}
     return {**kept, **ours, **variables}
+
+
+def installed(lock: Path, name: str) -> Path:
+    """The programs' folder of an environment that is made once for each state of the lock."""
+    key = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    made = REPOSITORY / ".cache" / f"{name}-{key}"
+    if not made.exists():
+        making = made.with_suffix(f".{os.getpid()}")
+        python, uv = making / "bin" / "python", [sys.executable, "-m", "uv"]
+        subprocess.run(
+            [*uv, "venv", "-q", "--relocatable", "-p", sys.executable, making], check=True
+        )
+        subprocess.run(
+            [*uv, "pip", "install", "-q", "-p", python, "--require-hashes", "-r", lock], check=True
+        )
+        try:
+            making.rename(made)
+        except OSError:  # another run was faster
+            shutil.rmtree(making)
+    return made / "bin"
 
 
 def convoy(

@@ -507,9 +507,7 @@ def choose_thresholds(
 
 def sure(probabilities: Probabilities, thresholds: Thresholds) -> Right:
     """Which of the answers `[N, classes]` are sure, `[N]`."""
-    named, confidence = _top(probabilities)
-    limits = np.maximum(np.array(thresholds.per_class)[named], thresholds.unsure)
-    reached: Right = confidence >= limits
+    reached: Right = probabilities.max(axis=1) >= thresholds.limits(probabilities)
     return reached
 
 

@@ -313,7 +313,9 @@ class _Job:
         # What was tried against versions that serve no more can't be tried again.
         kept = [tried for tried in _memory(folder) if tried.get("serving") == serving]
         try:
-            _write(folder / MEMORY, json.dumps([*kept, entry], indent=2).encode() + b"\n")
+            bundles.replace_file(
+                folder / MEMORY, json.dumps([*kept, entry], indent=2).encode() + b"\n"
+            )
         except OSError as error:
             log.warning("%s: %s; the same data will be tried again", folder / MEMORY, error)
 
@@ -334,7 +336,11 @@ class _Job:
             return
         if settings.summary:
             text = json.dumps(asdict(outcome), indent=2, default=_plain) + "\n"
-            _written("--summary", settings.summary, lambda path: _write(path, text.encode()))
+            _written(
+                "--summary",
+                settings.summary,
+                lambda path: bundles.replace_file(path, text.encode()),
+            )
         if settings.textfile:
             versions = bundles.versions(settings.models / outcome.model)
             version = max(versions, default=None)
@@ -472,21 +478,6 @@ def _written(setting: str, path: Path, write: Callable[[Path], None]) -> None:
         write(path)
     except OSError as error:
         log.warning("%s %s: %s; it was not written", setting, path, error.strerror or error)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Readers see the old file or the new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _write_metrics(path: Path, outcome: _Outcome, version: int | None) -> None:

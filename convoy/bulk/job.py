@@ -11,7 +11,6 @@ of an object store:
 import functools
 import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from pyarrow import compute, parquet, types
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from convoy.bulk.settings import BulkSettings
+from service import bundle as bundles
 from service.bundle import Bundle
 from service.errors import ConvoyError
 from service.settings import IMAGE_SUFFIXES
@@ -83,13 +83,7 @@ class Place(NamedTuple):
             return
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever else may be writing the same has a file of its own.
-        beside = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        bundles.replace_file(path, data)
 
 
 @functools.lru_cache

@@ -15,7 +15,6 @@ from threading import Semaphore
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import parquet
 
@@ -86,9 +85,6 @@ class Worker:
         self._model = Model.load(
             bundle, device, cores, variant=job.settings["variant"], deterministic=True
         )
-        self._limits: npt.NDArray[np.float64] | None = None
-        if thresholds := bundle.manifest.thresholds:
-            self._limits = np.maximum(thresholds.per_class, thresholds.unsure)
         self._root, self._waits_s = place(job.root), waits_s
         self._largest = int(job.settings["max_image_mb"] * 1e6)
         self._threads = cores if job.encoded else max(_READERS, cores)
@@ -220,8 +216,8 @@ class Worker:
         best = answers.argmax(axis=1)
         probability = answers.max(axis=1)
         unsure = np.zeros(len(keys), bool)
-        if self._limits is not None:
-            unsure = probability < self._limits[best]
+        if thresholds := self._manifest.thresholds:
+            unsure = probability < thresholds.limits(answers)
         columns = {
             "key": pa.array(keys, pa.string()),
             "label": pa.DictionaryArray.from_arrays(

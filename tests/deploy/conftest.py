@@ -1,15 +1,11 @@
 """Tools of others, which prove what lies in deploy/: each is skipped where it is missing."""
 
-import hashlib
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, installed
 
 DEPLOY = REPOSITORY / "deploy"
 LOCK = REPOSITORY / "locks" / "deploy.txt"
@@ -26,18 +22,4 @@ def found(tool: str, where: str) -> str:
 @pytest.fixture(scope="session")
 def tools() -> Path:
     """The programs' folder of an environment that is made once for each state of the lock."""
-    key = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:16]
-    made = REPOSITORY / ".cache" / f"deploy-{key}"
-    if not made.exists():
-        making = made.with_suffix(f".{os.getpid()}")
-        uv = [sys.executable, "-m", "uv"]
-        install = [*uv, "pip", "install", "-q", "-p", str(making / "bin" / "python")]
-        subprocess.run(
-            [*uv, "venv", "-q", "--relocatable", "-p", sys.executable, str(making)], check=True
-        )
-        subprocess.run([*install, "--require-hashes", "-r", str(LOCK)], check=True)
-        try:
-            making.rename(made)
-        except OSError:  # another run was faster
-            shutil.rmtree(making)
-    return made / "bin"
+    return installed(LOCK, "deploy")

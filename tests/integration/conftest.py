@@ -1,11 +1,8 @@
 """The calls of the two services, on a server for the whole session."""
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from service import bundle as bundles
 from service.bundle import Golden
 from service.model import Model
-from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment
+from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment, installed
 from tests.integration import models as small
 
 LOCK = REPOSITORY / "locks" / "peers.txt"
@@ -76,25 +73,12 @@ def slow_server(slow_models: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def peer() -> Peer:
     """Runs a function of peer.py in an environment that is made once for each state of the lock."""
-    key = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:16]
-    made = REPOSITORY / ".cache" / f"peers-{key}"
-    if not made.exists():
-        making = made.with_suffix(f".{os.getpid()}")
-        python = making / "bin" / "python"
-        uv = [sys.executable, "-m", "uv"]
-        subprocess.run([*uv, "venv", "-q", "-p", sys.executable, making], check=True)
-        subprocess.run(
-            [*uv, "pip", "install", "-q", "-p", python, "--require-hashes", "-r", LOCK], check=True
-        )
-        try:
-            making.rename(made)
-        except OSError:  # another run was faster
-            shutil.rmtree(making)
+    programs = installed(LOCK, "peers")
 
     def run(what: str, subject: str, folder: Path = Path(), **variables: str) -> Any:
         script = Path(__file__).with_name("peer.py")
         result = subprocess.run(
-            [made / "bin" / "python", "-P", script, what, subject, folder],
+            [programs / "python", "-P", script, what, subject, folder],
             capture_output=True,
             env=environment(**{"PYTHONPATH": "", **variables}),
             text=True,

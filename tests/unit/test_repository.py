@@ -335,7 +335,8 @@ def test_observers_hear_of_answers_and_what_fails_in_them_is_not_the_requests(
     answers = np.array(rows, np.float32)
     inputs = [b"a", b"b", b"c", b"d"]
     for _ in range(3):
-        served.answered(inputs, np.zeros((4, 4, 5, 3), np.uint8), answers)
+        pixels = np.zeros((4, 4, 5, 3), np.uint8)
+        served.answered(inputs, pixels, answers, served.unsure(answers))
     assert [each.unsure.tolist() for each in heard] == [[False, True, True, False]] * 3
     assert heard[0].served is served
     assert heard[0].inputs == inputs
