@@ -31,6 +31,8 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ["convoy.v1.ImageClassifier", "inference.GRPCInferenceService"]
 
 SLOW = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)])
+# Eight batches: what is done within a moment of the end is still answered.
+LONG = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)] * 8 * SLOW_BATCH)
 RED = pb.ClassifyRequest(model="colours", images=[raw(solid("red"))])
 
 
@@ -153,13 +155,11 @@ def test_requests_in_flight_finish_and_new_ones_are_refused(slow_models: Path) -
 
 
 def test_the_drain_ends_after_its_grace(slow_models: Path) -> None:
-    # Several batches: what is done within a moment of the end is still answered.
-    long = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)] * 4 * SLOW_BATCH)
     with (
         Server("--drain-grace-s", "0.1", models=slow_models) as server,
         server.ready().channel() as channel,
     ):
-        answer = classifier_on(channel).Classify.future(long, timeout=TIMEOUT_S)
+        answer = classifier_on(channel).Classify.future(LONG, timeout=TIMEOUT_S)
         server.wait_until_in_flight(1)
         assert server.stop() == 0
         assert answer.code() is grpc.StatusCode.UNAVAILABLE
@@ -169,7 +169,7 @@ def test_the_drain_ends_after_its_grace(slow_models: Path) -> None:
 def test_a_second_signal_ends_it_at_once(slow_models: Path) -> None:
     with contextlib.closing(Server(models=slow_models)) as server:
         with server.ready().channel() as channel:
-            answer = classifier_on(channel).Classify.future(SLOW, timeout=TIMEOUT_S)
+            answer = classifier_on(channel).Classify.future(LONG, timeout=TIMEOUT_S)
             server.wait_until_in_flight(1)
             server.send(signal.SIGTERM)
             server.wait_for("draining")
