@@ -7,7 +7,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from service.errors import ConvoyError
 from service.images import Pixels
@@ -48,9 +47,9 @@ def _basic(data: Dataset, settings: TrainingSettings) -> keras.Model:
             layers.Input(data.target.shape),
             _normalisation(data.train.inputs),
             layers.Conv2D(first, settings.kernel_size, padding="same", activation="relu"),
-            MaxPooling(),
+            layers.MaxPooling2D(),
             layers.Conv2D(second, settings.kernel_size, padding="same", activation="relu"),
-            MaxPooling(),
+            layers.MaxPooling2D(),
             # ONNX keeps channels first: flattened in that order, the export needs no transpose.
             layers.Permute((3, 1, 2)),
             layers.Flatten(),
@@ -86,7 +85,7 @@ def _strong(data: Dataset, settings: TrainingSettings) -> keras.Model:
         # Pooling first leaves the normalisation a quarter of the work in training. Without a scale
         # of its own, which could be negative, it keeps the order of values, so in the export the two
         # swap places and it melts into the convolution.
-        x = MaxPooling()(x)
+        x = layers.MaxPooling2D()(x)
         x = layers.ReLU()(_normalised()(x))
         y = layers.ReLU()(_normalised()(_convolution(filters)(x)))
         y = _normalised(scale=True)(_convolution(filters)(y))
@@ -95,34 +94,6 @@ def _strong(data: Dataset, settings: TrainingSettings) -> keras.Model:
     if settings.dropout:
         x = layers.Dropout(settings.dropout)(x)
     return keras.Model(inputs, layers.Dense(len(data.classes), dtype="float32")(x), name="strong")
-
-
-class MaxPooling(keras.layers.MaxPooling2D):  # type: ignore[misc]
-    """Max pooling of 2x2. On a CPU TensorFlow's own gradient of it takes five times as long as this
-    one, as long as the convolution before it; where several places hold the maximum, all get it.
-    """
-
-    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        _, height, width, _ = inputs.shape
-        if not training or height % 2 or width % 2:
-            return super().call(inputs)
-        return _pool(inputs)
-
-
-@tf.custom_gradient
-def _pool(inputs: tf.Tensor) -> Any:
-    pooled = tf.nn.max_pool2d(inputs, 2, 2, "VALID")
-    _, height, width, channels = pooled.shape
-
-    def gradient(upstream: tf.Tensor) -> tf.Tensor:
-        def spread(values: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(values, (-1, height, 1, width, 1, channels))
-
-        places = tf.reshape(inputs, (-1, height, 2, width, 2, channels))
-        chosen = tf.where(places == spread(pooled), spread(upstream), tf.zeros((), inputs.dtype))
-        return tf.reshape(chosen, tf.shape(inputs))
-
-    return pooled, gradient
 
 
 def _convolution(filters: int) -> keras.Layer:
