@@ -185,7 +185,9 @@ def test_reflection_lists_and_describes_the_services(channel: grpc.Channel) -> N
     ]  # fmt: skip
     assert calls_of(pool, "inference.GRPCInferenceService") == [
         "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer",
+        "ModelStreamInfer", "ModelConfig", "ModelStatistics",
         "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload",
+        "SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister",
     ]  # fmt: skip
     assert calls_of(pool, "convoy.v1.ModelControl") == ["Promote", "Rollback", "Pin"]
 
