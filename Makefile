@@ -59,7 +59,7 @@ gpu: ## On a machine with an NVIDIA card, in an environment with .[gpu,onnx] and
 	$(PYTHON) benchmarks/gpu.py --json gpu.json
 
 .PHONY: check
-check: install ## Check format, lint, types, import rules, generated code and generated docs
+check: install ## Check format, lint, types, import rules, protocols, generated code and generated docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -68,6 +68,8 @@ check: install ## Check format, lint, types, import rules, generated code and ge
 		$(PROTOC) --python_out="$$new" --pyi_out="$$new" --grpc_python_out="$$new" && \
 		for file in "$$new"/protos/*; do cmp "$$file" "protos/$${file##*/}" || \
 			{ echo "the generated code is not that of protos/*.proto: make protos"; exit 1; }; done
+	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against protos/released.binpb
 	$(BIN)/python docs/generate.py --check
 
 .PHONY: format
@@ -78,6 +80,11 @@ format: install ## Format the code and mend what lint can
 .PHONY: protos
 protos: install ## Generate protos/*_pb2* from protos/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
+
+# `make check` lets nothing pass that would break callers of what stands in it.
+.PHONY: released
+released: install ## With each release: keep what protos/*.proto promise, in protos/released.binpb
+	$(BIN)/buf build protos --exclude-source-info --output protos/released.binpb
 
 .PHONY: docs
 docs: install ## Generate the settings tables in README.md and docs/
