@@ -98,7 +98,10 @@ lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest vers
 	$(LOCK) pyproject.toml $(TRAIN_EXTRAS) --extra train --output-file locks/train.txt
 	$(LOCK) pyproject.toml $(TRAIN_EXTRAS) --extra train-gpu --output-file locks/train-gpu.txt
 	$(LOCK) pyproject.toml --extra cpu --extra train --extra dev --output-file locks/dev.txt
-	$(LOCK) locks/peers.in --output-file locks/peers.txt
+	for clients in peers kserve perf-analyzer; do \
+		$(LOCK) locks/$$clients.in --output-file locks/$$clients.txt || exit 1; done
+	npm install --prefix locks/node --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts \
+		--no-audit --no-fund
 	$(LOCK) locks/build.in --output-file locks/build.txt
 	$(LOCK) locks/deploy.in --output-file locks/deploy.txt
 
