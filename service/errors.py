@@ -17,6 +17,14 @@ class UnknownModel(ConvoyError):
     """No model or version of that name is served here."""
 
 
+class UnknownRegion(ConvoyError):
+    """No shared memory of that name is registered."""
+
+
+class AlreadyThere(ConvoyError):
+    """The name is taken: give it free, or take another one."""
+
+
 class NotAllowed(ConvoyError):
     """The operator of this server does not let callers do that."""
 

@@ -25,6 +25,8 @@ Code = grpc.StatusCode
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: Code.INVALID_ARGUMENT,
     errors.UnknownModel: Code.NOT_FOUND,
+    errors.UnknownRegion: Code.NOT_FOUND,
+    errors.AlreadyThere: Code.ALREADY_EXISTS,
     errors.NotAllowed: Code.PERMISSION_DENIED,
     errors.NotPossible: Code.FAILED_PRECONDITION,
     errors.Unsupported: Code.UNIMPLEMENTED,
@@ -183,18 +185,29 @@ class Front:
         )
 
     def stream(
-        self, path: str, kind: type[Message], handler: Handler, refusal: Refusal | None = None
+        self,
+        path: str,
+        kind: type[Message],
+        handler: Handler,
+        refusal: Refusal | None = None,
+        *,
+        strict: tuple[str, str] | None = None,
+        ordered: bool = False,
+        raw_field: int = 0,
     ) -> None:
-        """Answers bidirectional calls: each message as by `unary`, in the order of finishing.
+        """Answers bidirectional calls: each message as by `unary`, in the order of finishing, or of
+        the messages, if `ordered`.
 
-        `refusal` makes the answer for a message whose handler raised; without, that ends the call.
-        When the server drains, what was read is answered and the stream ends with UNAVAILABLE.
+        `refusal` makes the answer for a message whose handler raised; without, or where the call's
+        metadata has `strict`, that ends the call, after the answers before it. When the server drains,
+        what was read is answered and the stream ends with UNAVAILABLE.
         """
+        name = path.rpartition("/")[2]
 
         def begin(exchange: Exchange) -> None:
-            self._streams.add(
-                _Stream(self, exchange, path.rpartition("/")[2], kind, handler, refusal)
-            )
+            own = None if strict and strict in exchange.metadata else refusal
+            route = _StreamRoute(self, name, kind, handler, own, ordered, raw_field)
+            self._streams.add(_Stream(route, exchange))
 
         self._routes[path] = (True, begin)
 
@@ -421,22 +434,38 @@ def _ending(call: Call) -> grpc.StatusCode:
     return Code.DEADLINE_EXCEEDED if late else Code.CANCELLED
 
 
-class _Stream:
-    """Reads messages as long as not too much is owed, and writes each answer when it is there."""
+class _StreamRoute(NamedTuple):
+    """A method of streams, as one call is to have it: see `Front.stream`."""
 
-    def __init__(
-        self,
-        front: Front,
-        exchange: Exchange,
-        name: str,
-        kind: type[Message],
-        handler: Handler,
-        refusal: Refusal | None,
-    ) -> None:
-        self._front, self._exchange, self._name = front, exchange, name
-        self._kind, self._handler, self._refusal = kind, handler, refusal
+    front: Front
+    name: str
+    kind: type[Message]
+    handler: Handler
+    refusal: Refusal | None
+    ordered: bool
+    raw_field: int
+
+
+class _Answer:
+    """To a message of a stream: `data` once it is there, or the `ending` of the call in its place: a
+    status' number, words and trailers.
+    """
+
+    __slots__ = ("data", "ending")
+
+    def __init__(self) -> None:
+        self.data: bytes | None = None
+        self.ending: tuple[int, str, tuple[tuple[str, str], ...]] | None = None
+
+
+class _Stream:
+    """Reads messages as long as not too much is owed, and writes each answer when it is its turn."""
+
+    def __init__(self, route: _StreamRoute, exchange: Exchange) -> None:
+        self._route, self._front, self._exchange = route, route.front, exchange
         self._tasks: dict[int, Task] = {}  # by the identity of their `Call`
-        self._answers: deque[bytes] = deque()
+        # In the order in which they are written; those of messages that are worked on too, if `ordered`.
+        self._answers: deque[_Answer] = deque()
         self._owed = self._owed_bytes = 0
         self._reading = self._writing = self._over = self._ended = False
         exchange.on_gone = self._gone
@@ -463,73 +492,94 @@ class _Stream:
 
     def _received(self, data: bytes | None) -> None:
         self._reading = False
-        if self._ended:
+        # Over, it waits to end with the status of a message before this one.
+        if self._ended or self._over:
             return
         if data is None:
             self._over = True
             self.end_if_done()
             return
-        front = self._front
+        front, route = self._front, self._route
         call = Call(self._exchange.deadline, self._exchange.metadata)
         refused, request, size = front.refusal(self._exchange.deadline), None, len(data)
         front.started()
         self._owed += 1
         self._owed_bytes += size
+        answer = _Answer()
+        if route.ordered:
+            self._answers.append(answer)
         try:
             if refused is None:
                 front.hold(call, size)
-                request = front.parse(self._kind, data, call)
+                request = front.parse(route.kind, data, call, route.raw_field)
         except errors.ConvoyError as error:
-            self._refuse(data, call, error)
+            self._refuse(data, call, answer, error)
         else:
             if refused is not None:
-                self._refuse(data, call, refused)
+                self._refuse(data, call, answer, refused)
             else:
                 del data
-                then = partial(self._answer, request, call, size)
-                task = Task(self._handler(request, call), then, front.loop, self._exchange)
+                then = partial(self._answer, request, call, size, answer)
+                task = Task(route.handler(request, call), then, front.loop, self._exchange)
                 self._tasks[id(call)] = task
                 task.run()
         self._read()
 
-    def _refuse(self, data: bytes, call: Call, error: errors.ConvoyError) -> None:
+    def _refuse(self, data: bytes, call: Call, answer: _Answer, error: errors.ConvoyError) -> None:
         # So that the answer says which message it is for.
-        request = _parsed(self._kind, data) if len(data) <= _SMALL_BYTES else None
-        self._answer(request, call, len(data), error)
+        request = _parsed(self._route.kind, data) if len(data) <= _SMALL_BYTES else None
+        self._answer(request, call, len(data), answer, error)
 
     def _answer(
-        self, request: Message | None, call: Call, size: int, outcome: Message | bytes | Exception
+        self,
+        request: Message | None,
+        call: Call,
+        size: int,
+        answer: _Answer,
+        outcome: Message | bytes | Exception,
     ) -> None:
-        front, answer = self._front, b""
+        front, route, data = self._front, self._route, b""
         self._tasks.pop(id(call), None)
         if self._exchange.gone or self._ended:
             code = _ending(call)
         elif not isinstance(outcome, Exception):
             code = Code.OK
-            answer = _serialised(outcome)
+            data = _serialised(outcome)
         else:
             code, words = status_of(outcome)
-            if self._refusal is None:
-                self._ended = True
-                self._exchange.end(code.value[0], words)
+            if route.refusal is None:
+                answer.ending = (code.value[0], words, _trailers(outcome))
+                self._over = True
             else:
-                answer = self._refusal(request, code, words).SerializeToString()
+                data = route.refusal(request, code, words).SerializeToString()
         front.ended(call)
-        front.metrics.finished(self._name, call.model, code.name, time.monotonic() - call.arrived)
+        front.metrics.finished(route.name, call.model, code.name, time.monotonic() - call.arrived)
         if self._exchange.gone or self._ended:
             self._owed -= 1
             self._owed_bytes -= size
             return
-        self._owed_bytes += len(answer) - size
-        self._answers.append(answer)
+        answer.data = data
+        self._owed_bytes += len(data) - size
+        if not route.ordered:
+            self._answers.append(answer)
         self._write()
 
     def _write(self) -> None:
-        if self._writing or not self._answers or self._ended:
+        answers = self._answers
+        if self._writing or not answers or self._ended:
             return
-        answer = self._answers.popleft()
+        answer = answers[0]
+        data = answer.data
+        if data is None:
+            return
+        answers.popleft()
+        if answer.ending:
+            self._gone()
+            self._exchange.end(*answer.ending)
+            return
         self._writing = True
-        self._exchange.write(answer, bool(self._answers), lambda: self._written(len(answer)))
+        more = bool(answers) and answers[0].data is not None
+        self._exchange.write(data, more, lambda: self._written(len(data)))
 
     def _written(self, size: int) -> None:
         self._writing = False

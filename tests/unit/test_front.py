@@ -38,8 +38,8 @@ class Line(Loop):
 class Caller(Exchange):
     """One call, seen from its other end."""
 
-    def __init__(self, loop: Line, method: str, deadline: float | None) -> None:
-        super().__init__(method, deadline, ())
+    def __init__(self, loop: Line, method: str, deadline: float | None, metadata: Any = ()) -> None:
+        super().__init__(method, deadline, metadata)
         self._loop = loop
         self._reads: list[Callable[[bytes | None], None]] = []
         self._writes: list[Callable[[], None]] = []
@@ -145,6 +145,9 @@ class House:
         self.front.unary("/some/Probe", Ask, self._work, always=True)
         self.front.stream("/some/Stream", Ask, self._work, self._refused)
         self.front.stream("/some/Strict", Ask, self._work)
+        self.front.stream(
+            "/some/Ordered", Ask, self._work, self._refused, strict=("errors", "end"), ordered=True
+        )
         self.front.watch("/some/Watch", Ask, self._watch)
         self.calls: dict[str, Call] = {}
         self.at_work: dict[str, Callable[[Any], None]] = {}
@@ -164,8 +167,10 @@ class House:
         send(Answer(name="first"))
         return lambda: self.watchers.remove(send)
 
-    def call(self, method: str = "Work", deadline: float | None = None) -> Caller:
-        caller = Caller(self.loop, f"/some/{method}", deadline)
+    def call(
+        self, method: str = "Work", deadline: float | None = None, metadata: Any = ()
+    ) -> Caller:
+        caller = Caller(self.loop, f"/some/{method}", deadline, metadata)
         self.loop.on_call(caller)
         return caller
 
@@ -555,8 +560,43 @@ def test_without_an_answer_for_it_a_message_that_fails_ends_the_stream(house: Ho
     caller.send(Ask(name="a")).send(Ask(name="b"))
     house.finish("a", errors.UnknownModel("none"))
     assert (caller.code, caller.details) == (Code.NOT_FOUND, "none")
+    assert house.cancelled == ["b"]
+    assert caller.answers == []
+    assert house.in_flight == (0, 0)
+
+
+def test_answers_of_an_ordered_stream_wait_for_those_before_them(house: House) -> None:
+    caller = house.call("Ordered")
+    for name in "abcd":
+        caller.send(Ask(name=name))
+    house.finish("c", errors.InvalidRequest("bad"))
     house.finish("b")
     assert caller.answers == []
+    house.finish("a")
+    told = [caller.take() for _ in "abc"]
+    assert [each.name for each in told] == ["a", "b", "c"]
+    assert told[2].platform == "INVALID_ARGUMENT: bad"
+    house.finish("d")
+    assert caller.take().name == "d"
+    caller.send(None)
+    assert caller.code is Code.OK
+    assert house.in_flight == (0, 0)
+
+
+def test_a_caller_may_ask_that_an_error_end_the_stream_after_the_answers_before_it(
+    house: House,
+) -> None:
+    caller = house.call("Ordered", metadata=(("some", "thing"), ("errors", "end")))
+    for name in "abcd":
+        caller.send(Ask(name=name))
+    house.finish("b", errors.Overloaded("much"))
+    assert caller.code is None
+    house.finish("c")
+    house.finish("a")
+    assert caller.take().name == "a"
+    assert (caller.code, caller.details) == (Code.RESOURCE_EXHAUSTED, "much")
+    assert "grpc-retry-pushback-ms" in caller.trailers
+    assert house.cancelled == ["d"]
     assert house.in_flight == (0, 0)
 
 
