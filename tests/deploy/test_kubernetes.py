@@ -60,7 +60,14 @@ Manifest = dict[str, Any]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
     """What kustomize makes of each overlay, and of overlays with more components."""
-    kubectl = found("kubectl", "it is Kubernetes' client")
+    kubectl = found("kubectl", "Kubernetes' client, the package kubernetes-client of Debian 13")
+    told = subprocess.run(
+        [kubectl, "version", "--client", "--output=json"], capture_output=True, check=True
+    )
+    minor = re.match(r"\d+", json.loads(told.stdout)["clientVersion"]["minor"])
+    # The first with kustomize 5.
+    if not minor or int(minor[0]) < 27:
+        pytest.skip("kubectl is too old: 1.27 or later is needed")
 
     def build(folder: Path) -> list[Manifest]:
         done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True)
@@ -177,6 +184,37 @@ def test_the_check_finds_what_is_wrong(built: dict[str, list[Manifest]], tools: 
         scaled = copy.deepcopy(next(each for _, each in every(built, "ScaledObject")))
         scaled["spec"]["triggers"][0]["metricTyp"] = "Value"
         assert "metricTyp" in check_schemas(tools, VERSIONS[0], [scaled])["wrong"][0]
+
+
+def test_lint_of_manifests(built: dict[str, list[Manifest]], tools: Path, tmp_path: Path) -> None:
+    for name, manifests in built.items():
+        file = tmp_path / f"{re.sub(r'[^a-z]', '-', name)}.yaml"
+        file.write_text(yaml.safe_dump_all(manifests), "utf-8")
+    # Namespaces, registries (and so digests) are whose cluster it is; tags that do not change need no
+    # pull; the credentials of object stores are variables, as their makers' libraries have it.
+    done = subprocess.run(
+        [tools / "checkov", "--skip-download", "--framework", "kubernetes", "--output", "json",
+         "--skip-check", "CKV_K8S_21,CKV_K8S_43,CKV_K8S_15,CKV_K8S_35", "--directory", tmp_path],
+        capture_output=True,
+        env=environment(PYTHONPATH=""),
+        text=True,
+        timeout=8 * TIMEOUT_S,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    wrong = [f"{c['check_id']} {c['check_name']}: {c['resource']} in {c['file_path']}"
+             for c in told["results"]["failed_checks"]]  # fmt: skip
+    assert not wrong
+    assert not told["summary"]["parsing_errors"]
+    assert done.returncode == 0, done.stderr
+    # Of each manifest some.
+    assert told["summary"]["passed"] > sum(map(len, built.values()))
+
+
+def test_lint_of_the_dockerfile(tools: Path) -> None:
+    done = subprocess.run(
+        [tools / "hadolint", REPOSITORY / "Dockerfile"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_manifests_name_is_there(built: dict[str, list[Manifest]]) -> None:
