@@ -72,6 +72,9 @@ class Batch(NamedTuple):
     failed_rows: int
     # Had passed their deadline when the run began. Stays 0.
     late_rows: int
+    # In seconds: of putting the rows together before the run, of sharing the answers out after it.
+    gather_s: float = 0.0
+    split_s: float = 0.0
 
 
 class BatchTimes:
@@ -338,6 +341,12 @@ class Batcher:
         """Whether there is something to run."""
         return self._rows > 0
 
+    def queued(self) -> int:
+        """Requests that wait, and of which not all is on the device yet."""
+        # Without the lock: a list is made of a deque in one go.
+        queues = list(self._queues)
+        return sum(not ticket.ended for queue in queues for ticket in list(queue.tickets))
+
     def submit(
         self, rows: Rows, done: Done, *, deadline: float | None = None, priority: int = 0
     ) -> Ticket:
@@ -409,7 +418,7 @@ class Batcher:
             if late:
                 _tell(late)
             if batch:
-                self._run_batch(batch, flight, lane)
+                self._run_batch(batch, flight, lane, now)
             self._left_some = self._rows > 0
             self._busy.discard(lane)
         # A bug here must not leave callers waiting for what will never come.
@@ -697,10 +706,17 @@ class Batcher:
     # On the device. The lock is not held.
 
     def _run_batch(
-        self, batch: list[_Slice], flight: _Flight, lane: int, *, apart: bool = False
+        self,
+        batch: list[_Slice],
+        flight: _Flight,
+        lane: int,
+        taken: float,
+        *,
+        apart: bool = False,
     ) -> int:
-        """Runs what is still wanted of `batch`, tells those whose last rows these were, and gives
-        the number of rows that failed. `apart`: it is one row of a batch that failed.
+        """Runs what is still wanted of `batch`, which was `taken` then, tells those whose last rows
+        these were, and gives the number of rows that failed. `apart`: it is one row of a batch that
+        failed.
         """
         rows, size, batch, looked = self._last_look(batch, lane)
         if not batch:
@@ -735,9 +751,21 @@ class Batcher:
         if outputs is not None and began is not None:
             self._times.record(self._padded(size), ended - began)
         failed = 0 if bad is None or retry else int(np.count_nonzero(bad))
+        gather_s, split_s = looked - taken, self._clock() - ended
         # What is answered has been counted already.
         try:
-            self._on_batch(Batch(size, len(batch), run_s, outputs is None, failed, late_rows))
+            self._on_batch(
+                Batch(
+                    size,
+                    len(batch),
+                    run_s,
+                    outputs is None,
+                    failed,
+                    late_rows,
+                    gather_s,
+                    split_s,
+                )
+            )
             if not apart:
                 self._on_rows(rows[:size])
         finally:
@@ -746,10 +774,11 @@ class Batcher:
             failed = 0
             for ticket, start, stop in batch:
                 for row in range(start, stop):
+                    now = self._clock()
                     with self._lock:
-                        again = self._depart(1, self._begins(self._clock()))
+                        again = self._depart(1, self._begins(now))
                     piece = [(ticket, row, row + 1)]
-                    failed += self._run_batch(piece, again, lane, apart=True)
+                    failed += self._run_batch(piece, again, lane, now, apart=True)
             log.error("run apart, %d of these %d rows failed", failed, size)
         return failed
 

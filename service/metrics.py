@@ -5,13 +5,20 @@ Each thread only touches samples of its own: nothing is locked.
 """
 
 import datetime
+import re
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    UnknownMetricFamily,
+)
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -53,6 +60,9 @@ _FAMILIES = {
     ),
     "requests_in_flight": _Family("gauge", "Requests being worked on.", ()),
     "held_bytes": _Family("gauge", "Bytes of requests and their pixels that are worked on.", ()),
+    "requests_waiting": _Family(
+        "gauge", "Requests that wait for the device.", ("model", "version")
+    ),
     "images": _Family(
         "counter",
         "Images by outcome: ok, invalid (could not be read), failed, refused (too much was waiting), "
@@ -116,6 +126,16 @@ _FAMILIES = {
     ),
     "feedback_failures": _Family(
         "counter", "Times that the feedback folder could not be written to; the log says why.", ()
+    ),
+    # What `statistics` are made of; not shown.
+    "version_requests": _Family(
+        "sums", "See `Requests.sums`.", ("model", "version")
+    ),
+    "version_batches": _Family(
+        "sums", "See `Batches.sums`.", ("model", "version", "size")
+    ),
+    "version_last_batch": _Family(
+        "latest", "When the last one was, in seconds since 1970.", ("model", "version")
     ),
     # What drift is told from, see service/drift.py; not shown.
     "drift_reference": _Family(
@@ -205,6 +225,11 @@ _FAMILIES = {
         "gauge",
         "Versions in the object store that are incomplete, or can't be taken; the log says why.", (),
     ),
+    "traces": _Family(
+        "counter",
+        "Sampled requests by what became of their spans: exported, dropped (more than could be exported "
+        "waited), failed (nobody took them).", ("outcome",),
+    ),
     "process_starts": _Family(
         "counter", "Starts of each of the processes; over 1, one has died and was replaced.",
         ("process",),
@@ -227,8 +252,147 @@ class Histogram:
         self.sum += value
 
 
+# Triton's reasons for what failed, by gRPC status code. What a caller did wrong is OTHER.
+_REJECTED, _CANCELED, _BACKEND, _OTHER = "REJECTED", "CANCELED", "BACKEND", "OTHER"
+REASONS = (_REJECTED, _CANCELED, _BACKEND, _OTHER)
+_REASON = {
+    "RESOURCE_EXHAUSTED": _REJECTED,
+    "DEADLINE_EXCEEDED": _REJECTED,
+    "CANCELLED": _CANCELED,
+    "INTERNAL": _BACKEND,
+}
+
+
+class Requests:
+    """What became of the requests to one version. One thread counts."""
+
+    __slots__ = (
+        "fail_s", "failures", "infer_s", "input_s", "output_s", "queue_s", "success", "success_s",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.success = 0
+        self.success_s = self.input_s = self.queue_s = self.infer_s = self.output_s = 0.0
+        self.failures = dict.fromkeys(REASONS, 0)
+        self.fail_s = 0.0
+
+    def succeeded(
+        self, whole_s: float, input_s: float, queue_s: float, infer_s: float, output_s: float
+    ) -> None:
+        """An answer was given after so many seconds: of decoding, of waiting for the device, on it, and
+        since.
+        """
+        self.success += 1
+        self.success_s += whole_s
+        self.input_s += input_s
+        self.queue_s += queue_s
+        self.infer_s += infer_s
+        self.output_s += output_s
+
+    def failed(self, code: str, whole_s: float) -> None:
+        """It ended with this gRPC status after so many seconds."""
+        self.failures[_REASON.get(code, _OTHER)] += 1
+        self.fail_s += whole_s
+
+    def sums(self) -> list[float]:
+        """What may be added up over processes, in the order of `Statistics`."""
+        return [
+            self.success, self.success_s, self.input_s, self.queue_s, self.infer_s, self.output_s,
+            self.fail_s, *self.failures.values(),
+        ]  # fmt: skip
+
+
+class Batches:
+    """What ran of one version, by the size of the batch. One thread counts."""
+
+    __slots__ = ("by_size", "last")
+
+    def __init__(self) -> None:
+        # Their number, and seconds of each of the stages in `Runs`.
+        self.by_size: dict[int, list[float]] = {}
+        self.last = 0.0
+
+    def ran(self, size: int, input_s: float, infer_s: float, output_s: float) -> None:
+        """A batch gave answers: seconds of putting it together, of running it, and of sharing out what
+        it gave.
+        """
+        sums = self.by_size.get(size)
+        if sums is None:
+            sums = self.by_size[size] = [0.0] * len(Runs._fields)
+        sums[0] += 1
+        sums[1] += input_s
+        sums[2] += infer_s
+        sums[3] += output_s
+        self.last = time.time()
+
+
+class Runs(NamedTuple):
+    """Batches of one size, and the seconds that they took: see `Batches.ran`."""
+
+    executions: int
+    input_s: float
+    infer_s: float
+    output_s: float
+
+
+class Statistics(NamedTuple):
+    """What one version has done since the service began, in the terms of Triton's statistics. Times are
+    sums, in seconds. Those of stages are of the requests that succeeded, as is `success_s`, from
+    arrival to answer.
+    """
+
+    success: int
+    success_s: float
+    input_s: float
+    queue_s: float
+    infer_s: float
+    output_s: float
+    fail_s: float
+    # By REASONS.
+    failures: Mapping[str, int]
+    # By their size, smallest first; only those that gave answers.
+    batches: Mapping[int, Runs]
+    # When the last one ran, in seconds since 1970; 0 before the first.
+    last: float
+    # Requests that wait for the device now.
+    waiting: int
+
+    @property
+    def inferences(self) -> int:
+        """Rows that were run."""
+        return sum(size * runs.executions for size, runs in self.batches.items())
+
+    @property
+    def executions(self) -> int:
+        """Batches that were run."""
+        return sum(runs.executions for runs in self.batches.values())
+
+
 # What one process counted: family -> (labels, number or counts and sum).
-Snapshot = dict[str, list[tuple[Labels, float | tuple[list[int], float]]]]
+Snapshot = dict[str, list[tuple[Labels, float | tuple[list[Any], float]]]]
+
+
+def statistics(snapshot: Snapshot) -> dict[tuple[str, str], Statistics]:
+    """Of each model and version that was ever loaded."""
+    taken: Any = snapshot
+    batches: dict[Labels, dict[int, Runs]] = {}
+    for (model, version, size), (sums, _) in taken["version_batches"]:
+        batches.setdefault((model, version), {})[int(size)] = Runs(int(sums[0]), *sums[1:])
+    last, waiting = dict(taken["version_last_batch"]), dict(taken["requests_waiting"])
+    found = {}
+    for of, (sums, _) in taken["version_requests"]:
+        success, times, failures = sums[0], sums[1 : -len(REASONS)], sums[-len(REASONS) :]
+        found[of] = Statistics._make(
+            (
+                int(success),
+                *times,
+                dict(zip(REASONS, map(int, failures), strict=True)),
+                dict(sorted(batches.get(of, {}).items())),
+                last.get(of, 0.0),
+                waiting.get(of, 0),
+            )
+        )
+    return found
 
 
 class Metrics:
@@ -244,6 +408,9 @@ class Metrics:
         self._bins: dict[str, dict[Labels, list[int]]] = {
             name: {} for name, family in _FAMILIES.items() if family.kind == "bins"
         }
+        self._version_requests: dict[tuple[str, str], Requests] = {}
+        self._version_batches: dict[tuple[str, str], Batches] = {}
+        self._waiting: dict[tuple[str, str], Callable[[], int]] = {}
         self._requests, self._images = self._numbers["requests"], self._numbers["images"]
         self._stages = self._histograms["stage_seconds"]
         self.in_flight: Callable[[], int] = int
@@ -272,11 +439,30 @@ class Metrics:
         _add(self._numbers["batch_failures"], (model,), failed)
         _add(self._numbers["rows_run_after_deadline"], (model,), late_rows)
 
-    def serving(self, model: str, version: int, sha256: str, device: str, variant: str) -> None:
+    def requests_to(self, model: str, version: int) -> Requests:
+        """Takes what becomes of the requests to a version."""
+        return self._version_requests.setdefault((model, str(version)), Requests())
+
+    def batches_of(self, model: str, version: int) -> Batches:
+        """Takes what runs of a version here."""
+        return self._version_batches.setdefault((model, str(version)), Batches())
+
+    def serving(
+        self,
+        model: str,
+        version: int,
+        sha256: str,
+        device: str,
+        variant: str,
+        waiting: Callable[[], int] = int,
+    ) -> None:
+        """`waiting` says how many requests wait for the device, here."""
         self._numbers["model_info"][model, str(version), sha256, device, variant] = 1
+        self._waiting[model, str(version)] = waiting
 
     def not_serving(self, model: str, version: int, sha256: str, device: str, variant: str) -> None:
         self._numbers["model_info"].pop((model, str(version), sha256, device, variant), None)
+        self._waiting.pop((model, str(version)), None)
 
     def versions(
         self, model: str, stable: int, states: Iterable[tuple[int, str]], created: str = ""
@@ -390,6 +576,13 @@ class Metrics:
     def process_started(self, process: str) -> None:
         _add(self._numbers["process_starts"], (process,), 1)
 
+    def traces_begin(self) -> None:
+        for outcome in ("exported", "dropped", "failed"):
+            self.traces(outcome, 0)
+
+    def traces(self, outcome: str, count: int) -> None:
+        _add(self._numbers["traces"], (outcome,), count)
+
     def store_begins(self) -> None:
         for kind in ("store", "denied", "corrupt", "changed", "disk"):
             self.store_error(kind, 0)
@@ -418,12 +611,26 @@ class Metrics:
         """Everything as it is now; may be called from any thread."""
         self._numbers["requests_in_flight"][()] = self.in_flight()
         self._numbers["held_bytes"][()] = self.held_bytes()
+        self._numbers["requests_waiting"] = {
+            labels: waiting() for labels, waiting in list(self._waiting.items())
+        }
         # Lists first: what they are made of may get entries meanwhile.
         taken: Snapshot = {name: list(values.items()) for name, values in self._numbers.items()}
         for name, histograms in self._histograms.items():
             taken[name] = [(k, (list(h.counts), h.sum)) for k, h in list(histograms.items())]
         for name, bins in self._bins.items():
             taken[name] = [(labels, (list(counts), 0.0)) for labels, counts in list(bins.items())]
+        taken["version_requests"] = [
+            (labels, (requests.sums(), 0.0))
+            for labels, requests in list(self._version_requests.items())
+        ]
+        batches = list(self._version_batches.items())
+        taken["version_batches"] = [
+            ((*labels, str(size)), (list(sums), 0.0))
+            for labels, each in batches
+            for size, sums in list(each.by_size.items())
+        ]
+        taken["version_last_batch"] = [(labels, each.last) for labels, each in batches]
         return taken
 
 
@@ -468,8 +675,8 @@ def merge(snapshots: Iterable[Snapshot], dead: Iterable[Snapshot] = ()) -> Snaps
             for each, value in values:
                 labels = tuple(each)
                 if isinstance(value, (int, float)):
-                    known = into.get(labels, 0)
-                    into[labels] = max(known, value) if name in _SAME else known + value
+                    known, largest = into.get(labels, 0), name in _SAME or family.kind == "latest"
+                    into[labels] = max(known, value) if largest else known + value
                 elif name in _SAME:
                     into[labels] = value
                 else:
@@ -482,14 +689,15 @@ def merge(snapshots: Iterable[Snapshot], dead: Iterable[Snapshot] = ()) -> Snaps
 class _Convoy(Collector):
     """Families for Prometheus from a snapshot taken when they are asked for."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, snapshot: Callable[[], Snapshot], triton: bool) -> None:
+        self._snapshot, self._triton = snapshot, triton
 
     def collect(self) -> Iterator[Metric]:
-        for name, values in self._snapshot().items():
+        snapshot = self._snapshot()
+        for name, values in snapshot.items():
             family = _FAMILIES[name]
             full = f"convoy_{name}"
-            if family.kind == "bins":
+            if family.kind in {"bins", "sums", "latest"}:
                 continue
             if family.kind == "histogram":
                 histogram = HistogramMetricFamily(full, family.help, labels=family.labels)
@@ -504,6 +712,8 @@ class _Convoy(Collector):
                 assert isinstance(value, (int, float))
                 metric.add_metric(labels, value)
             yield metric
+        if self._triton:
+            yield from _triton(statistics(snapshot))
 
 
 def _buckets(bounds: tuple[float, ...], counts: list[int]) -> list[tuple[str, float]]:
@@ -515,12 +725,85 @@ def _buckets(bounds: tuple[float, ...], counts: list[int]) -> list[tuple[str, fl
     return buckets
 
 
-def registry(snapshot: Callable[[], Snapshot]) -> CollectorRegistry:
-    """What /metrics shows: `snapshot()`, and the process that shows it."""
+# Triton's names for what we count, with what it says of them, and where that is found.
+_NV: dict[str, tuple[str, Callable[[Statistics], float]]] = {
+    "request_success": (
+        "Number of successful inference requests, all batch sizes", lambda of: of.success,
+    ),
+    "count": ("Number of inferences performed", lambda of: of.inferences),
+    "exec_count": ("Number of model executions performed", lambda of: of.executions),
+    "request_duration_us": (
+        "Cumulative inference request duration in microseconds", lambda of: _us(of.success_s),
+    ),
+    "queue_duration_us": (
+        "Cumulative inference queuing duration in microseconds", lambda of: _us(of.queue_s),
+    ),
+    "compute_input_duration_us": (
+        "Cumulative compute input duration in microseconds", lambda of: _us(of.input_s),
+    ),
+    "compute_infer_duration_us": (
+        "Cumulative compute inference duration in microseconds", lambda of: _us(of.infer_s),
+    ),
+    "compute_output_duration_us": (
+        "Cumulative inference compute output duration in microseconds",
+        lambda of: _us(of.output_s),
+    ),
+}  # fmt: skip
+
+
+def _us(seconds: float) -> int:
+    return int(1e6 * seconds)
+
+
+def _triton(found: Mapping[tuple[str, str], Statistics]) -> Iterator[Metric]:
+    """The families that boards made for Triton ask for.
+
+    OpenMetrics has counters end in _total, which these do not: there, their type is unknown.
+    """
+    by = ("model", "version")
+    for name, (help, number) in _NV.items():
+        family = UnknownMetricFamily(f"nv_inference_{name}", help, labels=by)
+        for of, each in found.items():
+            family.add_metric(of, number(each))
+        yield family
+    failures = UnknownMetricFamily(
+        "nv_inference_request_failure",
+        "Number of failed inference requests, all batch sizes",
+        labels=(*by, "reason"),
+    )
+    pending = GaugeMetricFamily(
+        "nv_inference_pending_request_count",
+        "Instantaneous number of pending requests awaiting execution per-model.",
+        labels=by,
+    )
+    for of, each in found.items():
+        for reason, count in each.failures.items():
+            failures.add_metric((*of, reason), count)
+        pending.add_metric(of, each.waiting)
+    yield failures
+    yield pending
+
+
+def registry(snapshot: Callable[[], Snapshot], *, triton: bool = False) -> CollectorRegistry:
+    """What /metrics shows: `snapshot()`, and the process that shows it; with Triton's names, too."""
     made = CollectorRegistry()
     ProcessCollector(registry=made)
     PlatformCollector(registry=made)
     GCCollector(registry=made)
-    made.register(_Convoy(snapshot))
+    made.register(_Convoy(snapshot, triton))
     made.register(gpu.Cards(gpu.nvml()))
     return made
+
+
+_NV_COUNTER = re.compile(rb"^(# TYPE nv_\w+) untyped$", re.MULTILINE)
+
+
+def written(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """The body of /metrics in what the header `accept` asks for, and its content type."""
+    encode, kind = choose_encoder(accept)
+    body = encode(registry)
+    if kind.startswith("text/plain"):
+        # Here counters may have any name, but the library adds _total; and agents pass over what has
+        # no type.
+        body = _NV_COUNTER.sub(rb"\1 counter", body)
+    return body, kind

@@ -101,6 +101,8 @@ class Served:
         self._decode_s = metrics.stage(self.name, "decode")
         self._queue_s = metrics.stage(self.name, "queue")
         self._run_s = metrics.stage(self.name, "run")
+        # For whoever knows how they end.
+        self.requests = metrics.requests_to(self.name, self.version)
 
     def check_count(self, images: int) -> None:
         """Raises InvalidRequest where these are too many for one request."""
@@ -385,8 +387,13 @@ def runs_here(
         else:
             model.measure(bundle, times.record, gently=gently)
 
+        ran, counting = metrics.batches_of(name, version).ran, threading.Lock()
+
         def record(batch: Batch) -> None:
-            metrics.batch(name, batch.rows, batch.run_s, batch.failed, batch.late_rows)
+            with counting:  # the threads of several lanes
+                metrics.batch(name, batch.rows, batch.run_s, batch.failed, batch.late_rows)
+                if not batch.failed:
+                    ran(batch.rows, batch.gather_s, batch.run_s, batch.split_s)
             trials.ran(name, version, batch)
 
         batcher = Batcher(
@@ -592,7 +599,9 @@ class Repository:
                 raise BrokenVersion(str(error)) from error
             model = self._models.get(name, _NOTHING)
             self._set(name, model.route, {**model.versions, version: served})
-        self._metrics.serving(name, version, bundle.sha256, made.device, made.variant)
+        self._metrics.serving(
+            name, version, bundle.sha256, made.device, made.variant, made.batcher.queued
+        )
         self._tell_fallback(name)
         self._changed()
         return _loaded(served, digest)
@@ -715,6 +724,11 @@ class Repository:
     def versions(self, name: str) -> list[int]:
         """Those of a model that can be asked, oldest first."""
         return sorted(self._models.get(name, _NOTHING).versions)
+
+    def loaded(self, name: str = "") -> list[tuple[str, int]]:
+        """The versions of model `name`, or of all models, that can be asked. Raises UnknownModel."""
+        names = [self._find(name)[0]] if name else sorted(self._models)
+        return [(each, version) for each in names for version in self.versions(each)]
 
     def _not_ready(self, name: str) -> NotReady:
         if self._states.get(name, ModelState(name)).reason == UNLOADED:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 from service import aside, metrics
 from service.acceptor import Acceptor, bracketed, no_port
@@ -67,7 +66,7 @@ def _serve(settings: Settings, store: "Store | None" = None) -> int:
             merge([server.snapshot(), *([store.metrics.snapshot()] if store else [])])
         )
 
-    registry = metrics.registry(snapshot)
+    registry = metrics.registry(snapshot, triton=settings.metrics_compat == "triton")
     http = _serve_http(settings.host, settings.metrics_port, registry, server.ready)
     try:
         if store:
@@ -228,8 +227,8 @@ def _serve_http(
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/metrics":
-                encode, kind = choose_encoder(self.headers.get("Accept", ""))
-                self._respond(200, kind, encode(registry))
+                body, kind = metrics.written(registry, self.headers.get("Accept", ""))
+                self._respond(200, kind, body)
             elif path == "/healthz":
                 self._respond(200, "text/plain", b"ok\n")
             elif path == "/readyz":

@@ -84,6 +84,10 @@ class Settings:
     metrics_port: Port = 8002
     """HTTP port of /metrics, /healthz and /readyz; 0 takes a free one."""
 
+    metrics_compat: Literal["none", "triton"] = "none"
+    """By whose names /metrics also tells what it counts, beside our own: triton (nv_inference_*), so
+    that boards made for it draw (docs/metrics.md)."""
+
     device: Annotated[str, Parameter(validator=_known)] = "auto"
     """Where models run: auto, cpu, cuda or tensorrt; with cuda:N or tensorrt:N on card N. auto takes
     CUDA where it works, else the CPU, and says so; the others refuse to start where they can't be

@@ -646,6 +646,10 @@ class RemoteBatcher:
         """Whether there is something that `run_next` would send."""
         return self.engines.unsent
 
+    def queued(self) -> int:
+        """See `Batcher.queued`: none wait here, but in the engines."""
+        return 0
+
     def run_next(self) -> bool:
         """Sends all that was submitted, in one go for each engine; False where nothing was."""
         if not self.engines.unsent:
