@@ -21,6 +21,7 @@ from service.metrics import Metrics
 from service.orders import Order
 from service.repository import Repository, Served
 from service.settings import Settings
+from service.shared_memory import SharedMemory
 
 log = logging.getLogger("convoy.acceptor")
 
@@ -47,10 +48,11 @@ class Acceptor:
         shared_port: bool = False,
         on_ready: Callable[[bool], None] = lambda ready: None,
         order: Order | None = None,
+        memory: SharedMemory | None = None,
     ) -> None:
         """`one_core`: short batches run on the loop's own thread. `shared_port`: others listen on the
         same one. `on_ready` hears of each change of `ready`. `order` carries out what operators say,
-        if the settings allow that.
+        if the settings allow that. `memory` is what callers share, if they may.
         """
         self._settings, self._repository, self._one_core = settings, repository, one_core
         self._metrics, self._on_ready = metrics, on_ready
@@ -88,7 +90,9 @@ class Acceptor:
         self._health = Health(front)
         order = order if settings.allow_repository_control else None
         ClassifierRpc(repository, front.hold, order).register(front)
-        InferenceRpc(repository, lambda: self.ready, front.hold, order).register(front)
+        InferenceRpc(
+            repository, lambda: self.ready, front.hold, settings, order, memory
+        ).register(front)
         services = [classifier_rpc.SERVICE, classifier_rpc.CONTROL, inference_rpc.SERVICE, HEALTH]
         add_reflection(front, services)
         self._runs_here: tuple[Batcher | RemoteBatcher, ...] = ()

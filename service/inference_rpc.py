@@ -1,25 +1,35 @@
 """The Open Inference Protocol, version 2 <-> the core.
 
-https://github.com/kserve/open-inference-protocol. A model's one input takes UINT8 pixels
-`[N, H, W, C]` or, under the same name, BYTES: N encoded images of any size. Its one output is FP32
-`[N, classes]`. Raw contents are answered with raw contents, typed ones with typed ones.
+https://github.com/kserve/open-inference-protocol, with extensions of Triton's:
+https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/protocol/README.html.
+
+A model's one input takes UINT8 pixels `[N, H, W, C]` or, under the same name, BYTES: N encoded images
+of any size. Its one output is FP32 `[N, classes]`, or BYTES `[N, k]` where the k best classes are asked
+for. Typed contents are answered with typed ones, all others with raw ones.
 """
 
 import functools
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from typing import NamedTuple
 
+import grpc
 import numpy as np
 from google.protobuf.message import Message
 
 from protos import inference_pb2 as pb
+from service import policy, wire
+from service.bundle import VARIANTS, Probabilities
+from service.device import Device
 from service.errors import (
+    ConvoyError,
     InferenceFailed,
     InvalidImage,
     InvalidRequest,
     NotReady,
+    UnknownModel,
     Unsupported,
 )
 from service.front import Call, Front, Handler
@@ -36,6 +46,8 @@ from service.repository import (
     Repository,
     Served,
 )
+from service.settings import Settings
+from service.shared_memory import Region, SharedMemory, Span
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
@@ -49,12 +61,28 @@ _INDEXED = {
     DRAINING: "UNLOADING",
     BROKEN: "UNAVAILABLE",
 }
+_PLATFORM = "onnxruntime_onnx"
 _ONE_REPOSITORY = "'repository_name' specification is not supported: there is one repository"
 
 _VERSION = re.compile(r"[0-9]{1,18}")
 
 # Typed values that become Python's at once: nothing else runs meanwhile.
 _TYPED_VALUES = 65_536
+# Of so many values the best are found, and so many bytes of shared memory copied, while others wait.
+_FEW_VALUES = 8192
+_FEW_BYTES = 1_000_000
+
+# How a caller asks that an error end a stream, and not be told in it.
+_STRICT = ("triton_grpc_error", "true")
+# Each request of a stream has one answer, the last one.
+_FINAL = pb.ModelInferResponse(
+    parameters={"triton_final_response": pb.InferParameter(bool_param=True)}
+).SerializeToString()
+
+_NO_SHARED_MEMORY = "shared memory is not used here: start the server with --allow-shared-memory"
+
+_Parameters = Mapping[str, pb.InferParameter]
+_Input = pb.ModelInferRequest.InferInputTensor
 
 
 class InferenceRpc:
@@ -65,13 +93,19 @@ class InferenceRpc:
         repository: Repository,
         ready: Callable[[], bool],
         hold: Callable[[Call, int], None],
+        settings: Settings,
         order: Order | None = None,
+        memory: SharedMemory | None = None,
     ) -> None:
         """`hold` counts memory that a call is about to take: `Front.hold`. `order` carries out what
-        operators say; None where they may not.
+        operators say, `memory` is what callers share; None where they may not.
         """
         self._repository, self._ready, self._hold = repository, ready, hold
-        self._order = order
+        self._settings, self._order, self._memory = settings, order, memory
+        # What ServerMetadata tells, in Triton's words: nothing that does not work.
+        self.extensions = ["classification", "model_configuration", "schedule_policy"]
+        self.extensions += ["model_repository"] if order else []
+        self.extensions += ["system_shared_memory"] if memory else []
 
     def register(self, front: Front) -> None:
         calls: dict[str, tuple[type[Message], Handler]] = {
@@ -86,6 +120,19 @@ class InferenceRpc:
                 pb.RepositoryModelUnloadRequest,
                 self.repository_model_unload,
             ),
+            "ModelConfig": (pb.ModelConfigRequest, self.model_config),
+            "SystemSharedMemoryStatus": (
+                pb.SystemSharedMemoryStatusRequest,
+                self.system_shared_memory_status,
+            ),
+            "SystemSharedMemoryRegister": (
+                pb.SystemSharedMemoryRegisterRequest,
+                self.system_shared_memory_register,
+            ),
+            "SystemSharedMemoryUnregister": (
+                pb.SystemSharedMemoryUnregisterRequest,
+                self.system_shared_memory_unregister,
+            ),
         }
         for name, (kind, handler) in calls.items():
             front.unary(f"/{SERVICE}/{name}", kind, handler, always=True)
@@ -93,6 +140,16 @@ class InferenceRpc:
             f"/{SERVICE}/ModelInfer",
             pb.ModelInferRequest,
             self.model_infer,
+            raw_field=pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER,
+        )
+        # As Triton answers: its clients may count on the order, and give no ids.
+        front.stream(
+            f"/{SERVICE}/ModelStreamInfer",
+            pb.ModelInferRequest,
+            self.model_stream_infer,
+            refuse_one,
+            strict=_STRICT,
+            ordered=True,
             raw_field=pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER,
         )
 
@@ -105,9 +162,10 @@ class InferenceRpc:
         return pb.ServerReadyResponse(ready=self._ready())
 
     async def model_ready(self, request: pb.ModelReadyRequest, call: Call) -> pb.ModelReadyResponse:
+        # As Triton does, whose clients ask until a model is there.
         try:
             served = self._get(request.name, request.version)
-        except NotReady:
+        except (NotReady, UnknownModel):
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=served.batcher.ready and self._ready())
 
@@ -117,7 +175,7 @@ class InferenceRpc:
         return pb.ServerMetadataResponse(
             name="convoy",
             version=metadata.version("convoy-serving"),
-            extensions=["model_repository"] if self._order else [],
+            extensions=self.extensions,
         )
 
     async def model_metadata(
@@ -129,7 +187,7 @@ class InferenceRpc:
         return pb.ModelMetadataResponse(
             name=served.name,
             versions=[str(version) for version in self._repository.versions(served.name)],
-            platform="onnxruntime_onnx",
+            platform=_PLATFORM,
             inputs=[
                 tensor(name=manifest.input, datatype="UINT8", shape=[-1, *manifest.pixels.shape])
             ],
@@ -150,18 +208,30 @@ class InferenceRpc:
 
     async def _infer(self, request: pb.ModelInferRequest, call: Call, served: Served) -> bytes:
         call.model = served.name
+        best, place = 0, None
         if request.outputs:
-            _check_outputs(request, served)
+            best, place = self._read_outputs(request, served)
         if request.parameters:
             priority, receipt = _read_parameters(request, call)
         else:
             priority, receipt = 0, False
-        raw = call.raw or request.raw_input_contents
+        tensor, content = _the_input(request, call.raw or request.raw_input_contents, served)
+        if tensor.parameters and (source := self._span(tensor.name, tensor.parameters)):
+            if content is not None or tensor.HasField("contents"):
+                raise InvalidRequest(
+                    f"input {tensor.name!r}: both in shared memory and in the request"
+                )
+            content = await self._fetch(source, call, served)
         # Typed pixels become Python's integers on their way: that may take seconds.
-        if not raw and any(len(i.contents.uint_contents) > _TYPED_VALUES for i in request.inputs):
-            inputs = await served.aside(lambda: _read_input(request, raw, served))
+        if content is None and len(tensor.contents.uint_contents) > _TYPED_VALUES:
+            inputs = await served.aside(lambda: _read_input(tensor, None, served))
         else:
-            inputs = _read_input(request, raw, served)
+            inputs = _read_input(tensor, content, served)
+        if place and place.size < len(inputs) * len(served.manifest.labels) * 4:
+            raise InvalidRequest(
+                f"output {served.manifest.output!r}: {place.size} bytes of shared memory are too "
+                f"little for {len(inputs)} x {len(served.manifest.labels)} values of FP32"
+            )
         decode_s = 0.0
         given = inputs
         if isinstance(inputs, list):
@@ -179,21 +249,192 @@ class InferenceRpc:
             outputs = answer.outputs
             served.answered(given, inputs, outputs, served.unsure(outputs))  # type: ignore[arg-type]
         head, rest = b"", pb.ModelInferResponse(id=request.id)
-        always = _head(served.name, served.version, served.manifest.output, answer.outputs.shape)
-        if raw:
+        if best or place:
+            await self._answer_otherwise(rest, served, answer.outputs, best, place, content is None)
+        elif content is not None:
             # Messages that are joined are merged when they are parsed, so what is always the same
             # is serialised once: https://protobuf.dev/programming-guides/encoding/#last-one-wins.
-            head = always
+            head = _head(served.name, served.version, served.manifest.output, answer.outputs.shape)
             rest.raw_output_contents.append(answer.outputs.astype("<f4", copy=False).tobytes())
         else:
-            rest.MergeFromString(always)
-            rest.outputs[0].contents.fp32_contents.extend(answer.outputs.ravel().tolist())
+            output = _output(rest, served, "FP32", answer.outputs.shape)
+            output.contents.fp32_contents.extend(answer.outputs.ravel().tolist())
         if receipt:
             times = rest.parameters
             times["decode_s"].double_param, times["queue_s"].double_param = decode_s, answer.queue_s
             times["run_s"].double_param = answer.run_s
             times["batch_size"].int64_param = answer.batch_size
         return head + rest.SerializeToString()
+
+    async def _answer_otherwise(
+        self,
+        response: pb.ModelInferResponse,
+        served: Served,
+        outputs: Probabilities,
+        best: int,
+        place: Span | None,
+        typed: bool,
+    ) -> None:
+        """Fills in the answer where the `best` classes are asked for, or it goes to a `place`."""
+        if place:
+            assert self._memory
+            data = outputs.astype("<f4", copy=False).tobytes()
+            write = functools.partial(self._memory.write, place, data)
+            if len(data) > _FEW_BYTES:
+                await served.aside(write)
+            else:
+                write()
+            parameters = _output(response, served, "FP32", outputs.shape).parameters
+            parameters["shared_memory_region"].string_param = place.region.name
+            parameters["shared_memory_byte_size"].int64_param = len(data)
+            if offset := place.offset - place.region.offset:
+                parameters["shared_memory_offset"].int64_param = offset
+            # Clients count on one for each output.
+            response.raw_output_contents.append(b"")
+            return
+        best = min(best, outputs.shape[1])
+        find = functools.partial(classified, outputs, served.manifest.labels, best)
+        found = await served.aside(find) if outputs.size > _FEW_VALUES else find()
+        output = _output(response, served, "BYTES", (len(outputs), best))
+        if typed:
+            output.contents.bytes_contents.extend(found)
+        else:
+            elements = (struct.pack("<I", len(each)) + each for each in found)
+            response.raw_output_contents.append(b"".join(elements))
+
+    async def _fetch(self, source: Span, call: Call, served: Served) -> memoryview:
+        """The contents of an input that lies in shared memory."""
+        assert self._memory
+        if source.size > self._settings.max_request_mb * 1e6:
+            raise InvalidRequest(
+                f"{source.size / 1e6:.1f} MB of shared memory, the limit is "
+                f"{self._settings.max_request_mb:g}: send fewer images a call"
+            )
+        self._hold(call, source.size)
+        if source.size > _FEW_BYTES:
+            return await served.aside(functools.partial(self._memory.read, source))
+        return self._memory.read(source)
+
+    def _read_outputs(
+        self, request: pb.ModelInferRequest, served: Served
+    ) -> tuple[int, Span | None]:
+        """How many of the best classes are asked for, 0 for all values; and where these are to be put
+        in shared memory, if they are.
+        """
+        best, place = 0, None
+        for output in request.outputs:
+            if output.name != served.manifest.output:
+                raise InvalidRequest(
+                    f"no output {output.name!r}: model {served.name!r} has "
+                    f"{served.manifest.output!r}"
+                )
+            if parameters := output.parameters:
+                best, place = _best(parameters), self._span(output.name, parameters)
+                if best and place:
+                    raise InvalidRequest(
+                        f"output {output.name!r}: both `classification` and `shared_memory_region`"
+                    )
+        return best, place
+
+    def _span(self, name: str, parameters: _Parameters) -> Span | None:
+        """Where the tensor `name` lies in shared memory, or is to; None where it does not."""
+        place = _place(name, parameters)
+        if place is None:
+            return None
+        if self._memory is None:
+            raise Unsupported(_NO_SHARED_MEMORY)
+        return self._memory.span(*place)
+
+    async def model_stream_infer(self, request: pb.ModelInferRequest, call: Call) -> bytes:
+        answer = await self.model_infer(request, call)
+        number = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
+        return wire.field(number, answer + _FINAL)
+
+    async def model_config(
+        self, request: pb.ModelConfigRequest, call: Call
+    ) -> pb.ModelConfigResponse:
+        served, settings = self._get(request.name, request.version), self._settings
+        call.model = served.name
+        manifest, device = served.manifest, Device.parse(served.device)
+        config = pb.ModelConfig(
+            name=served.name,
+            platform=_PLATFORM,
+            backend="onnxruntime",
+            max_batch_size=manifest.max_batch_size,
+            default_model_filename=VARIANTS[served.variant],
+        )
+        config.input.add(
+            name=manifest.input,
+            data_type=pb.TYPE_UINT8,
+            format=pb.ModelInput.FORMAT_NHWC,
+            dims=manifest.pixels.shape,
+        )
+        config.output.add(
+            name=manifest.output,
+            data_type=pb.TYPE_FP32,
+            dims=[len(manifest.labels)],
+            label_filename="labels.txt",
+        )
+        batching = config.dynamic_batching
+        # Always of this size, others are filled up to it. Else whatever waits goes.
+        if manifest.fixed_batch or settings.deterministic:
+            batching.preferred_batch_size.append(manifest.max_batch_size)
+        batching.max_queue_delay_microseconds = 0
+        waits = batching.default_queue_policy
+        waits.timeout_action = pb.ModelQueuePolicy.REJECT
+        waits.default_timeout_microseconds = int(settings.max_wait_s * 1e6)
+        waits.allow_timeout_override = True
+        # Each engine has it, or each acceptor.
+        group = config.instance_group.add(
+            name=served.name, count=settings.engines or settings.acceptors
+        )
+        group.kind = pb.ModelInstanceGroup.KIND_CPU
+        if device.kind != "cpu":
+            group.kind = pb.ModelInstanceGroup.KIND_GPU
+            group.gpus.append(device.number or 0)
+            config.optimization.cuda.graphs = settings.cuda_graphs and device.kind == "cuda"
+        told = {
+            "version": str(served.version),
+            "variant": served.variant,
+            "device": served.device,
+            "sha256": served.bundle.sha256,
+            "resize": manifest.pixels.resize,
+        }
+        for key, value in told.items():
+            config.parameters[key].string_value = value
+        found = await served.aside(functools.partial(_policy, self._repository, served.name))
+        if found is not None:
+            config.version_policy.CopyFrom(found)
+        return pb.ModelConfigResponse(config=config)
+
+    async def system_shared_memory_status(
+        self, request: pb.SystemSharedMemoryStatusRequest, call: Call
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        response = pb.SystemSharedMemoryStatusResponse()
+        for each in self._shared().regions(request.name):
+            region = response.regions[each.name]
+            region.name, region.key = each.name, each.key
+            region.offset, region.byte_size = each.offset, each.byte_size
+        return response
+
+    async def system_shared_memory_register(
+        self, request: pb.SystemSharedMemoryRegisterRequest, call: Call
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        self._shared().register(
+            Region(request.name, request.key, request.offset, request.byte_size)
+        )
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    async def system_shared_memory_unregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest, call: Call
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        self._shared().unregister(request.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    def _shared(self) -> SharedMemory:
+        if self._memory is None:
+            raise Unsupported(_NO_SHARED_MEMORY)
+        return self._memory
 
     async def repository_index(
         self, request: pb.RepositoryIndexRequest, call: Call
@@ -263,34 +504,89 @@ def _key(request: pb.ModelInferRequest, call: Call) -> str | None:
     return key or request.id or None
 
 
-def _check_outputs(request: pb.ModelInferRequest, served: Served) -> None:
-    for output in request.outputs:
-        if output.name != served.manifest.output:
-            raise InvalidRequest(
-                f"no output {output.name!r}: model {served.name!r} has {served.manifest.output!r}"
-            )
-        if output.parameters:
-            raise InvalidRequest(
-                f"output parameters are not supported here: {', '.join(sorted(output.parameters))}; "
-                "Classify of convoy.v1.ImageClassifier answers with labels"
-            )
+def refuse_one(
+    request: pb.ModelInferRequest | None, code: grpc.StatusCode, words: str  # noqa: ARG001
+) -> pb.ModelStreamInferResponse:
+    """The answer to a message of a stream that failed: see `Front.stream`."""
+    response = pb.ModelStreamInferResponse(error_message=words)
+    # Set, if empty: clients look at it.
+    response.infer_response.id = request.id if request else ""
+    return response
+
+
+def classified(outputs: Probabilities, labels: Sequence[str], best: int) -> list[bytes]:
+    """The `best` classes of each row of float32 `[N, classes]`, all in one list of N x best: the
+    highest value first, equal ones in the order of the classes. By Triton's classification extension:
+    `value:index:label`, the value with six decimals.
+    """
+    order = np.argsort(-outputs, axis=1, kind="stable")[:, :best]
+    values = np.take_along_axis(outputs, order, axis=1)
+    return [
+        f"{value:f}:{index}:{labels[index]}".encode()
+        for value, index in zip(values.ravel().tolist(), order.ravel().tolist(), strict=True)
+    ]
+
+
+def _best(parameters: _Parameters) -> int:
+    """How many of the best classes are asked for; 0 where none are."""
+    if "classification" not in parameters:
+        return 0
+    parameter = parameters["classification"]
+    if parameter.WhichOneof("parameter_choice") != "int64_param" or parameter.int64_param < 1:
+        raise InvalidRequest("parameter 'classification': expected an int64_param of at least 1")
+    return parameter.int64_param
+
+
+class _Place(NamedTuple):
+    region: str
+    offset: int
+    size: int
+
+
+def _place(name: str, parameters: _Parameters) -> _Place | None:
+    """What the parameters of the tensor `name` say of shared memory. Others are for other servers."""
+    region, size = "shared_memory_region", "shared_memory_byte_size"
+    if region not in parameters:
+        if size in parameters or "shared_memory_offset" in parameters:
+            raise InvalidRequest(f"tensor {name!r}: shared memory without a {region!r}")
+        return None
+    if parameters[region].WhichOneof("parameter_choice") != "string_param":
+        raise InvalidRequest(f"tensor {name!r}: parameter {region!r}: expected a string_param")
+    if size not in parameters:
+        raise InvalidRequest(f"tensor {name!r}: {region!r} needs {size!r} beside it")
+    offset = _integer(parameters, "shared_memory_offset")
+    return _Place(parameters[region].string_param, offset, _integer(parameters, size))
+
+
+def _policy(repository: Repository, name: str) -> pb.ModelVersionPolicy | None:
+    """The model's versions.toml in Triton's words; None where it can't be read."""
+    try:
+        found = policy.read(repository.folder / name)
+    except ConvoyError:
+        return None
+    if found.newest and not found.labels:
+        return pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=found.newest))
+    # The newest beside those with labels: of this Triton has no word but which these are.
+    served = repository.versions(name) if found.newest else sorted(found.named)
+    return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=served))
 
 
 def _read_parameters(request: pb.ModelInferRequest, call: Call) -> tuple[int, bool]:
     """The priority, and whether a receipt is wanted; limits the call to its `timeout`, in
     microseconds. Others are for other servers.
     """
-    timeout, priority = _integer(request, "timeout"), _integer(request, "priority")
+    parameters = request.parameters
+    timeout, priority = _integer(parameters, "timeout"), _integer(parameters, "priority")
     if timeout:
         call.limit(call.arrived + timeout / 1e6)
-    receipt = "timings" in request.parameters and request.parameters["timings"].bool_param
+    receipt = "timings" in parameters and parameters["timings"].bool_param
     return priority, receipt
 
 
-def _integer(request: pb.ModelInferRequest, name: str) -> int:
-    if name not in request.parameters:
+def _integer(parameters: _Parameters, name: str) -> int:
+    if name not in parameters:
         return 0
-    parameter = request.parameters[name]
+    parameter = parameters[name]
     kind = parameter.WhichOneof("parameter_choice")
     value = getattr(parameter, kind) if kind in {"int64_param", "uint64_param"} else -1
     if value < 0:
@@ -298,24 +594,27 @@ def _integer(request: pb.ModelInferRequest, name: str) -> int:
     return int(value)
 
 
-def _read_input(
+def _the_input(
     request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], served: Served
-) -> Pixels | list[bytes | Pixels]:
-    """Pixels uint8 [N, H, W, C], or N encoded images."""
+) -> tuple[_Input, bytes | memoryview | None]:
+    """The one input, and its raw content, if it has that."""
     # Each look at a field costs a good part of a microsecond: none is looked at twice.
-    name, shape = served.manifest.input, served.manifest.pixels.shape
-    inputs = list(request.inputs)
+    inputs, name = list(request.inputs), served.manifest.input
     if len(inputs) != 1 or inputs[0].name != name:
         names = ", ".join(repr(tensor.name) for tensor in inputs) or "none"
         raise InvalidRequest(f"inputs: {names}; model {served.name!r} takes one, {name!r}")
-    tensor, content = inputs[0], raw[0] if raw else None
-    if tensor.parameters:
-        raise InvalidRequest(
-            f"input parameters are not supported here: {', '.join(sorted(tensor.parameters))}; "
-            "send the contents in the request"
-        )
-    if raw and (len(raw) > 1 or tensor.HasField("contents")):
+    if not raw:
+        return inputs[0], None
+    if len(raw) > 1 or inputs[0].HasField("contents"):
         raise InvalidRequest("raw_input_contents: one entry an input, and then no `contents`")
+    return inputs[0], raw[0]
+
+
+def _read_input(
+    tensor: _Input, content: bytes | memoryview | None, served: Served
+) -> Pixels | list[bytes | Pixels]:
+    """Pixels uint8 [N, H, W, C], or N encoded images, of raw `content` or the tensor's typed ones."""
+    name, shape = served.manifest.input, served.manifest.pixels.shape
     given, datatype = tuple(tensor.shape), tensor.datatype
     if datatype == "BYTES":
         if not given or given[0] < 1 or any(n != 1 for n in given[1:]):
@@ -382,3 +681,11 @@ def _head(name: str, version: int, output: str, shape: tuple[int, int]) -> bytes
     response = pb.ModelInferResponse(model_name=name, model_version=str(version))
     response.outputs.add(name=output, datatype="FP32", shape=shape)
     return response.SerializeToString()
+
+
+def _output(
+    response: pb.ModelInferResponse, served: Served, datatype: str, shape: tuple[int, ...]
+) -> pb.ModelInferResponse.InferOutputTensor:
+    """The output of the answer, to be filled in; with it, who answers."""
+    response.model_name, response.model_version = served.name, str(served.version)
+    return response.outputs.add(name=served.manifest.output, datatype=datatype, shape=shape)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from service import aside, metrics
+from service import aside, metrics, shared_memory
 from service.acceptor import Acceptor, bracketed, no_port
 from service.cpu import split, usable_cores
 from service.drift import Watch
@@ -23,6 +23,7 @@ from service.life import Alone, Director, leave
 from service.metrics import Metrics, Snapshot, merge
 from service.repository import Repository, runs_here
 from service.settings import Settings, default_models
+from service.shared_memory import SharedMemory
 from service.trial import Trials
 from service.workers import Supervisor, log_to_stderr
 
@@ -132,21 +133,23 @@ class _Alone:
             director.settle(lambda: bool(self._signals))
             if self._signals:  # one came while models loaded
                 return 0
-            acceptor = Acceptor(
-                settings,
-                repository,
-                self._metrics,
-                one_core=cores < 2,
-                on_ready=on_ready,
-                order=director.order,
-            )
-            port = acceptor.bind(settings.port)
-            self._acceptor = acceptor
-            if self._signals or self._bug:  # one came before there was an acceptor to tell
-                acceptor.stop(0.0)
-            crew.start()
-            director.start()
-            acceptor.run()
+            with shared_memory.folder(settings.allow_shared_memory) as regions:
+                acceptor = Acceptor(
+                    settings,
+                    repository,
+                    self._metrics,
+                    one_core=cores < 2,
+                    on_ready=on_ready,
+                    order=director.order,
+                    memory=SharedMemory(regions) if regions else None,
+                )
+                port = acceptor.bind(settings.port)
+                self._acceptor = acceptor
+                if self._signals or self._bug:  # one came before there was an acceptor to tell
+                    acceptor.stop(0.0)
+                crew.start()
+                director.start()
+                acceptor.run()
         finally:
             director.close()
             repository.close()

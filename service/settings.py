@@ -165,6 +165,11 @@ class Settings:
     """Take orders over gRPC: which versions are served (RepositoryModelLoad, RepositoryModelUnload,
     and ModelControl, which `convoy models --server` uses). Whoever can call can then give them."""
 
+    allow_shared_memory: bool = False
+    """Let callers of this machine hand over inputs, and take outputs, in POSIX shared memory
+    (SystemSharedMemoryRegister). Whoever can call can then have the server read and write all that its
+    user may in /dev/shm."""
+
     feedback: Path | None = None
     """Folder in which images and their answers are kept, to be labelled and trained on: all that were
     answered as unsure, and a share of the others. Off where none is named; needs pyarrow. Read

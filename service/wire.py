@@ -83,3 +83,15 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         if data[position] < 0x80:
             return value, position + 1
     raise DecodeError
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A field that holds a message, or bytes, as it is written."""
+    head = bytearray()
+    for each in (number << 3 | 2, len(content)):
+        left = each
+        while left > 0x7F:
+            head.append(left & 0x7F | 0x80)
+            left >>= 7
+        head.append(left)
+    return bytes(head) + content

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from service import aside, gpu
+from service import aside, gpu, shared_memory
 from service.acceptor import Acceptor, is_short, no_port
 from service.aside import Proof
 from service.batcher import Batcher
@@ -51,6 +51,7 @@ from service.repository import (
     runs_here,
 )
 from service.settings import Settings, default_models
+from service.shared_memory import SharedMemory
 from service.trial import Trials
 
 log = logging.getLogger("convoy.workers")
@@ -121,6 +122,8 @@ class Orders:
     port: int = 0
     listener: int = -1
     engines: tuple[str, ...] = ()
+    # The folder of the regions that callers have registered; "" where they may not.
+    regions: str = ""
     present: Present = Present()  # noqa: RUF009 (it never changes)
     open: bool = False
 
@@ -321,6 +324,7 @@ class _Worker:
             shared_port=True,
             on_ready=lambda ready: self._tell("ready", ready),
             order=self._order,
+            memory=SharedMemory(Path(orders.regions)) if orders.regions else None,
         )
         self._join(crew)
         self._open.wait()
@@ -473,7 +477,11 @@ class Supervisor:
         budget = split(cores, acceptors, engines, settings.decode_threads, settings.run_threads)
         log.info("%s", budget)
         self._metrics.budget(budget)
-        with tempfile.TemporaryDirectory(prefix="convoy-") as folder, _reserve(settings) as port:
+        with (
+            tempfile.TemporaryDirectory(prefix="convoy-") as folder,
+            shared_memory.folder(settings.allow_shared_memory) as regions,
+            _reserve(settings) as port,
+        ):
             self._port = port.getsockname()[1]
             paths = tuple(str(Path(folder) / f"engine-{n}") for n in range(engines))
             listeners = [listen(path) for path in paths]
@@ -484,9 +492,15 @@ class Supervisor:
                 )
             for n in range(acceptors):
                 here = settings if engines else on_card(settings, n)
-                self._members.append(
-                    _Member(Orders(f"acceptor-{n}", here, budget, self._port, engines=paths))
+                orders = Orders(
+                    f"acceptor-{n}",
+                    here,
+                    budget,
+                    self._port,
+                    engines=paths,
+                    regions=str(regions or ""),
                 )
+                self._members.append(_Member(orders))
             direct = threading.Thread(target=self._direct, name="director", daemon=True)
             direct.start()
             try:
