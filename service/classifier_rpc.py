@@ -66,7 +66,7 @@ class ClassifierRpc:
         version: int | str = request.version_label or request.version
         key = (lambda: request.key) if request.key else call.key
         with self._repository.take(request.model, version, key) as served:
-            call.model = served.name
+            call.model, call.requests = served.name, served.requests
             if not request.images:
                 raise InvalidRequest("the request has no images: send at least one")
             served.check_count(len(request.images))
@@ -79,6 +79,7 @@ class ClassifierRpc:
             if readable:
                 pixels = readable[0][np.newaxis] if len(readable) == 1 else np.stack(readable)
                 answer = await served.run(pixels, call.deadline)
+                call.ran(decode_s, answer.queue_s, answer.run_s)
                 unsure = served.unsure(answer.outputs)
                 if served.observed:
                     given = zip(inputs, decoded, strict=True)

@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from service import errors, wire
-from service.metrics import Metrics
+from service.metrics import Metrics, Requests
 from service.task import Task, Wait
 from service.transport import Exchange, Loop, ignore
 
@@ -66,7 +66,7 @@ _MAX_WORDS_BYTES = 2000
 class Call:
     """What a handler knows of its call. `arrived` and `deadline` are on `time.monotonic`'s clock."""
 
-    __slots__ = ("arrived", "deadline", "held", "metadata", "model", "raw")
+    __slots__ = ("arrived", "deadline", "held", "metadata", "model", "raw", "requests", "times")
 
     def __init__(
         self, deadline: float | None, metadata: Sequence[tuple[str, str | bytes]] = ()
@@ -75,8 +75,12 @@ class Call:
         self.metadata = metadata
         # Bytes of the fields that were left out when the message was parsed, see `Front.unary`.
         self.raw: Sequence[memoryview] = ()
-        # Set by the handler once it knows: the label under which the call is counted.
+        # Set by the handler once it knows: the label under which the call is counted, and what else
+        # takes how it ends.
         self.model = ""
+        self.requests: Requests | None = None
+        # See `ran`, and when that was.
+        self.times: tuple[float, float, float, float] | None = None
         # What it holds in memory, in bytes; `Front.hold` adds to it.
         self.held = 0
 
@@ -86,6 +90,10 @@ class Call:
             if name == KEY:
                 return value if isinstance(value, str) else value.decode(errors="replace")
         return None
+
+    def ran(self, decode_s: float, queue_s: float, run_s: float) -> None:
+        """What took time until there was an answer, which is now: for `requests`."""
+        self.times = decode_s, queue_s, run_s, time.monotonic()
 
     def limit(self, deadline: float) -> None:
         """The caller asked, in the request itself, for an answer by then."""
@@ -295,9 +303,20 @@ class Front:
     def started(self) -> None:
         self._in_flight += 1
 
-    def ended(self, call: Call) -> None:
+    def ended(self, call: Call, code: grpc.StatusCode) -> float:
+        """Counts a request for work that is over; the seconds that it took."""
         self._in_flight -= 1
         self._held -= call.held
+        now, requests = time.monotonic(), call.requests
+        whole_s = now - call.arrived
+        if requests is None:
+            return whole_s
+        if code is Code.OK:
+            decode_s, queue_s, run_s, ran = call.times or (0.0, 0.0, 0.0, now)
+            requests.succeeded(whole_s, decode_s, queue_s, run_s, now - ran)
+        else:
+            requests.failed(code.name, whole_s)
+        return whole_s
 
     def forget(self, call: "_Stream | _Watch") -> None:
         self._streams.discard(call)
@@ -419,8 +438,7 @@ class _Unary(Call):
         front = route.front
         whole_s = None
         if not route.always:
-            front.ended(self)
-            whole_s = time.monotonic() - self.arrived
+            whole_s = front.ended(self, code)
         front.metrics.finished(route.name, self.model, code.name, whole_s)
 
 
@@ -552,8 +570,8 @@ class _Stream:
                 self._over = True
             else:
                 data = route.refusal(request, code, words).SerializeToString()
-        front.ended(call)
-        front.metrics.finished(route.name, call.model, code.name, time.monotonic() - call.arrived)
+        whole_s = front.ended(call, code)
+        front.metrics.finished(route.name, call.model, code.name, whole_s)
         if self._exchange.gone or self._ended:
             self._owed -= 1
             self._owed_bytes -= size
