@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
@@ -17,7 +17,7 @@ from service.feedback import keeping
 from service.front import Front
 from service.health import Health, add_reflection
 from service.inference_rpc import InferenceRpc
-from service.metrics import Metrics
+from service.metrics import Metrics, Statistics
 from service.orders import Order
 from service.repository import Repository, Served
 from service.settings import Settings
@@ -45,13 +45,14 @@ class Acceptor:
         metrics: Metrics,
         *,
         one_core: bool,
+        statistics: Callable[[], Mapping[tuple[str, str], Statistics]],
         shared_port: bool = False,
         on_ready: Callable[[bool], None] = lambda ready: None,
         order: Order | None = None,
         memory: SharedMemory | None = None,
     ) -> None:
-        """`one_core`: short batches run on the loop's own thread. `shared_port`: others listen on the
-        same one. `on_ready` hears of each change of `ready`. `order` carries out what operators say,
+        """`one_core`: short batches run on the loop's own thread. `statistics`: of the whole service.
+        `shared_port`: others listen on the same one. `on_ready` hears of each change of `ready`. `order` carries out what operators say,
         if the settings allow that. `memory` is what callers share, if they may.
         """
         self._settings, self._repository, self._one_core = settings, repository, one_core
@@ -91,7 +92,7 @@ class Acceptor:
         order = order if settings.allow_repository_control else None
         ClassifierRpc(repository, front.hold, order).register(front)
         InferenceRpc(
-            repository, lambda: self.ready, front.hold, settings, order, memory
+            repository, lambda: self.ready, front.hold, settings, statistics, order, memory
         ).register(front)
         services = [classifier_rpc.SERVICE, classifier_rpc.CONTROL, inference_rpc.SERVICE, HEALTH]
         add_reflection(front, services)

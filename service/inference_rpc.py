@@ -34,6 +34,7 @@ from service.errors import (
 )
 from service.front import Call, Front, Handler
 from service.images import Pixels
+from service.metrics import Statistics
 from service.orders import Order, carry_out
 from service.repository import (
     BROKEN,
@@ -48,6 +49,7 @@ from service.repository import (
 )
 from service.settings import Settings
 from service.shared_memory import Region, SharedMemory, Span
+from service.task import Shared
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
@@ -94,16 +96,19 @@ class InferenceRpc:
         ready: Callable[[], bool],
         hold: Callable[[Call, int], None],
         settings: Settings,
+        statistics: Callable[[], Mapping[tuple[str, str], Statistics]],
         order: Order | None = None,
         memory: SharedMemory | None = None,
     ) -> None:
-        """`hold` counts memory that a call is about to take: `Front.hold`. `order` carries out what
-        operators say, `memory` is what callers share; None where they may not.
+        """`hold` counts memory that a call is about to take: `Front.hold`. `statistics` tells what each
+        model and version has done, on whatever thread. `order` carries out what operators say, `memory`
+        is what callers share; None where they may not.
         """
         self._repository, self._ready, self._hold = repository, ready, hold
         self._settings, self._order, self._memory = settings, order, memory
+        self._statistics = Shared(statistics)
         # What ServerMetadata tells, in Triton's words: nothing that does not work.
-        self.extensions = ["classification", "model_configuration", "schedule_policy"]
+        self.extensions = ["classification", "model_configuration", "schedule_policy", "statistics"]
         self.extensions += ["model_repository"] if order else []
         self.extensions += ["system_shared_memory"] if memory else []
 
@@ -121,6 +126,7 @@ class InferenceRpc:
                 self.repository_model_unload,
             ),
             "ModelConfig": (pb.ModelConfigRequest, self.model_config),
+            "ModelStatistics": (pb.ModelStatisticsRequest, self.model_statistics),
             "SystemSharedMemoryStatus": (
                 pb.SystemSharedMemoryStatusRequest,
                 self.system_shared_memory_status,
@@ -207,7 +213,7 @@ class InferenceRpc:
             return await self._infer(request, call, served)
 
     async def _infer(self, request: pb.ModelInferRequest, call: Call, served: Served) -> bytes:
-        call.model = served.name
+        call.model, call.requests = served.name, served.requests
         best, place = 0, None
         if request.outputs:
             best, place = self._read_outputs(request, served)
@@ -242,6 +248,7 @@ class InferenceRpc:
                     raise InvalidImage(f"image {number}: {item}")
             inputs = np.stack([item for item in decoded if not isinstance(item, InvalidImage)])
         answer = await served.run(inputs, call.deadline, priority)
+        call.ran(decode_s, answer.queue_s, answer.run_s)
         if answer.failed_rows:
             failed = np.flatnonzero(np.isnan(answer.outputs).any(axis=1)).tolist()
             raise InferenceFailed(f"the model failed on image {', '.join(map(str, failed))}")
@@ -407,6 +414,22 @@ class InferenceRpc:
             config.version_policy.CopyFrom(found)
         return pb.ModelConfigResponse(config=config)
 
+    async def model_statistics(
+        self, request: pb.ModelStatisticsRequest, call: Call
+    ) -> pb.ModelStatisticsResponse:
+        if request.name and request.version:
+            served = self._get(request.name, request.version)
+            asked = [(served.name, served.version)]
+        else:
+            asked = self._repository.loaded(request.name)
+        call.model = request.name
+        found = await self._statistics.get()
+        response = pb.ModelStatisticsResponse()
+        for name, version in asked:
+            of = found.get((name, str(version)), Statistics())
+            _describe(of, response.model_stats.add(name=name, version=str(version)))
+        return response
+
     async def system_shared_memory_status(
         self, request: pb.SystemSharedMemoryStatusRequest, call: Call
     ) -> pb.SystemSharedMemoryStatusResponse:
@@ -491,6 +514,30 @@ def _ordered(
     return name
 
 
+def _describe(of: Statistics, message: pb.ModelStatistics) -> None:
+    message.last_inference = int(1e3 * of.last)
+    message.inference_count, message.execution_count = of.inferences, of.executions
+    stages = message.inference_stats
+    _took(stages.success, of.success, of.success_s)
+    _took(stages.fail, of.fail, of.fail_s)
+    _took(stages.queue, of.success, of.queue_s)
+    _took(stages.compute_input, of.success, of.input_s)
+    _took(stages.compute_infer, of.success, of.infer_s)
+    _took(stages.compute_output, of.success, of.output_s)
+    # Nothing is cached. Clients that read JSON want to be told.
+    stages.cache_hit.SetInParent()
+    stages.cache_miss.SetInParent()
+    for size, runs in of.batches.items():
+        batches = message.batch_stats.add(batch_size=size)
+        _took(batches.compute_input, runs.executions, runs.input_s)
+        _took(batches.compute_infer, runs.executions, runs.infer_s)
+        _took(batches.compute_output, runs.executions, runs.output_s)
+
+
+def _took(duration: pb.StatisticDuration, count: int, seconds: float) -> None:
+    duration.count, duration.ns = count, int(1e9 * seconds)
+
+
 def _version(version: str) -> int | str:
     """A number, or a label."""
     return int(version or 0) if not version or _VERSION.fullmatch(version) else version
@@ -505,7 +552,9 @@ def _key(request: pb.ModelInferRequest, call: Call) -> str | None:
 
 
 def refuse_one(
-    request: pb.ModelInferRequest | None, code: grpc.StatusCode, words: str  # noqa: ARG001
+    request: pb.ModelInferRequest | None,
+    code: grpc.StatusCode,
+    words: str,  # noqa: ARG001
 ) -> pb.ModelStreamInferResponse:
     """The answer to a message of a stream that failed: see `Front.stream`."""
     response = pb.ModelStreamInferResponse(error_message=words)

@@ -341,21 +341,26 @@ class Statistics(NamedTuple):
     arrival to answer.
     """
 
-    success: int
-    success_s: float
-    input_s: float
-    queue_s: float
-    infer_s: float
-    output_s: float
-    fail_s: float
+    success: int = 0
+    success_s: float = 0.0
+    input_s: float = 0.0
+    queue_s: float = 0.0
+    infer_s: float = 0.0
+    output_s: float = 0.0
+    fail_s: float = 0.0
     # By REASONS.
-    failures: Mapping[str, int]
+    failures: Mapping[str, int] = {}
     # By their size, smallest first; only those that gave answers.
-    batches: Mapping[int, Runs]
+    batches: Mapping[int, Runs] = {}
     # When the last one ran, in seconds since 1970; 0 before the first.
-    last: float
+    last: float = 0.0
     # Requests that wait for the device now.
-    waiting: int
+    waiting: int = 0
+
+    @property
+    def fail(self) -> int:
+        """Requests that failed."""
+        return sum(self.failures.values())
 
     @property
     def inferences(self) -> int:

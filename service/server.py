@@ -139,6 +139,7 @@ class _Alone:
                     repository,
                     self._metrics,
                     one_core=cores < 2,
+                    statistics=lambda: metrics.statistics(self._metrics.snapshot()),
                     on_ready=on_ready,
                     order=director.order,
                     memory=SharedMemory(regions) if regions else None,

@@ -1,7 +1,8 @@
 """Handlers as coroutines, driven by whoever ends what they wait for: no event loop of their own."""
 
 from collections.abc import Callable, Coroutine, Generator
-from threading import get_ident
+from queue import SimpleQueue
+from threading import Thread, get_ident
 from typing import Any, Generic, Protocol, TypeVar
 
 from service.errors import Cancelled
@@ -62,6 +63,41 @@ async def elsewhere(work: Callable[[], T], begin: Callable[[Callable[[], None]],
 class _Begun:
     def cancel(self) -> None:
         """Too late."""
+
+
+class Shared(Generic[T]):
+    """What `find` returns or raises, found on a thread of its own. However many ask for it while it is
+    found, that is done once more for all of them.
+    """
+
+    def __init__(self, find: Callable[[], T]) -> None:
+        self._find = find
+        self._asking: SimpleQueue[Done[T]] = SimpleQueue()
+        self._thread: Thread | None = None
+
+    async def get(self) -> T:
+        """To be awaited by handlers of one loop."""
+        result: T = await Wait(self._ask)
+        return result
+
+    def _ask(self, done: Done[T]) -> Cancellable:
+        self._asking.put(done)
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name="shared", daemon=True)
+            self._thread.start()
+        return _Begun()
+
+    def _work(self) -> None:
+        while True:
+            asking = [self._asking.get()]
+            while not self._asking.empty():
+                asking.append(self._asking.get())
+            try:
+                outcome: T | Exception = self._find()
+            except Exception as error:
+                outcome = error
+            for done in asking:
+                done(outcome)
 
 
 class Task:

@@ -39,7 +39,7 @@ from service.cpu import Budget, split, usable_cores
 from service.device import Device
 from service.errors import BrokenVersion, ConvoyError
 from service.life import Alone, Director, Refused, leave
-from service.metrics import Metrics, Snapshot, merge
+from service.metrics import Metrics, Snapshot, Statistics, merge, statistics
 from service.repository import (
     Loaded,
     Made,
@@ -173,8 +173,8 @@ class _Worker:
         # Those that run the batches, if others do; and what they said of each model and version.
         self._engines: Engines | None = None
         self._told: dict[tuple[str, int], Load] = {}
-        # Orders of callers, on their way to the supervisor.
-        self._asked: dict[int, queue.SimpleQueue[ConvoyError | None]] = {}
+        # What callers want of the supervisor.
+        self._asked: dict[int, queue.SimpleQueue[Any]] = {}
         self._numbers = itertools.count()
 
     def _begin(self, make: Make) -> tuple[Repository, Alone]:
@@ -253,9 +253,9 @@ class _Worker:
             crew.show(value)
         elif kind == "open":
             self._open.set()
-        elif kind == "ordered":
-            number, error = value
-            self._asked.pop(number).put(error)
+        elif kind == "answer":
+            number, answer = value
+            self._asked.pop(number).put(answer)
 
     def _tell(self, kind: str, value: Any) -> None:
         # Where nobody hears it, the end of the pipe is for `_listen` to see.
@@ -264,11 +264,19 @@ class _Worker:
 
     def _order(self, verb: str, name: str, versions: Sequence[int]) -> None:
         """Has the supervisor's Director carry out what an operator says: see `orders.Order`."""
+        if error := self._ask("order", verb, name, tuple(versions)):
+            raise error
+
+    def _statistics(self) -> dict[tuple[str, str], Statistics]:
+        """Of the whole service."""
+        found: dict[tuple[str, str], Statistics] = self._ask("statistics")
+        return found
+
+    def _ask(self, kind: str, *value: Any) -> Any:
         number = next(self._numbers)
         answer = self._asked[number] = queue.SimpleQueue()
-        self._tell("order", (number, verb, name, tuple(versions)))
-        if error := answer.get():
-            raise error
+        self._tell("ask", (kind, number, *value))
+        return answer.get()
 
     def _on_bug(self, bug: BaseException) -> None:
         self.bug = bug
@@ -323,6 +331,7 @@ class _Worker:
             one_core=orders.budget.cores < 2 * orders.budget.acceptors,
             shared_port=True,
             on_ready=lambda ready: self._tell("ready", ready),
+            statistics=self._statistics,
             order=self._order,
             memory=SharedMemory(Path(orders.regions)) if orders.regions else None,
         )
@@ -670,11 +679,12 @@ class Supervisor:
             self._was_routed(member, value)
         elif kind == "lost":
             self._lacks(member, *value)
-        elif kind == "order":
-            order = threading.Thread(
-                target=self._order, args=(member, member.pipe, *value), daemon=True
-            )
-            order.start()
+        elif kind == "ask":
+            what, number, *asked = value
+            find = self._statistics if what == "statistics" else partial(self._order, *asked)
+            threading.Thread(
+                target=self._answer, args=(member, member.pipe, number, find), daemon=True
+            ).start()
 
     def _lacks(self, member: _Member, name: str, version: int, reason: str) -> None:
         """A worker that was started anew can't load what the others have. It is not needed while these
@@ -698,30 +708,30 @@ class Supervisor:
         elif self._stopping is None:
             log.warning("%s is not ready", name)
 
-    def _order(
-        self,
-        member: _Member,
-        pipe: Connection,
-        number: int,
-        verb: str,
-        name: str,
-        versions: Sequence[int],
+    def _answer(
+        self, member: _Member, pipe: Connection, number: int, find: Callable[[], object]
     ) -> None:
-        """A caller's, from an acceptor by this pipe. On a thread of its own."""
-        answer: ConvoyError | None = None
-        try:
-            self._director.order(verb, name, versions)
-        except ConvoyError as error:
-            answer = error.with_traceback(None)
-        except Exception:
-            log.exception("an order failed")
-            answer = ConvoyError("internal error: please report it; the server's log says more")
+        """What a caller wants, of an acceptor by this pipe. On a thread of its own."""
+        answer = find()
 
         def reply() -> None:
             if member.pipe is pipe:  # else nobody is left to hear it
-                self._say(member, "ordered", (number, answer))
+                self._say(member, "answer", (number, answer))
 
         self._post(reply)
+
+    def _statistics(self) -> dict[tuple[str, str], Statistics]:
+        return statistics(self.snapshot())
+
+    def _order(self, verb: str, name: str, versions: Sequence[int]) -> ConvoyError | None:
+        try:
+            self._director.order(verb, name, versions)
+        except ConvoyError as error:
+            return error.with_traceback(None)
+        except Exception:
+            log.exception("an order failed")
+            return ConvoyError("internal error: please report it; the server's log says more")
+        return None
 
     # The Director's verbs, from its threads: they are done on the supervisor's.
 
