@@ -170,6 +170,8 @@ def serve(*, settings: Annotated[Settings, _Flat] = Settings()) -> int:
         _require("obstore", "object-store", f"--models {settings.models}")
     if settings.feedback:
         _require("pyarrow", "parquet", "--feedback")
+    if settings.otlp_endpoint:
+        _require("opentelemetry.exporter.otlp.proto.http", "tracing", "--otlp-endpoint")
     from service.server import serve as run
 
     return run(settings)
@@ -554,7 +556,11 @@ def check_data(
 
 
 def _require(module: str, extra: str, what: str) -> None:
-    if importlib.util.find_spec(module) is None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # one that it would be in
+        found = None
+    if found is None:
         raise ConvoyError(
             f"{what} needs {module}, which is not installed: pip install 'convoy-serving[{extra}]'"
         )

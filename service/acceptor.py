@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
@@ -23,7 +25,13 @@ from service.repository import Repository, Served
 from service.settings import Settings
 from service.shared_memory import SharedMemory
 
+if TYPE_CHECKING:
+    from service.tracing import Tracing
+
 log = logging.getLogger("convoy.acceptor")
+
+# How long the last traces may take to be sent, of the time for draining.
+_TRACES_S = 3.0
 
 # Batches this short run between two calls, on one core; longer ones would keep callers waiting.
 _SHORT_S = 0.05
@@ -77,6 +85,7 @@ class Acceptor:
             ],
             public=settings.front == "public",
         )
+        self._tracing = _tracing(settings, metrics)
         self._front = front = Front(
             self._loop,
             metrics,
@@ -86,8 +95,11 @@ class Acceptor:
             # Beside its images a request has a few fields of its own.
             max_parts=settings.max_images + 1000,
             check=repository.check,
+            tracing=self._tracing,
         )
         self._open = self._stopping = self._was_ready = False
+        # By when it is to have drained.
+        self._ends = math.inf
         self._health = Health(front)
         order = order if settings.allow_repository_control else None
         ClassifierRpc(repository, front.hold, order).register(front)
@@ -133,6 +145,8 @@ class Acceptor:
         gc.freeze()
         with keeping(self._settings, self._repository.observers, self._metrics):
             self._loop.run()
+        if self._tracing is not None:
+            self._tracing.close(min(_TRACES_S, max(0.0, self._ends - time.monotonic())))
         log.info("stopped")
 
     def stop(self, delay_s: float) -> None:
@@ -194,7 +208,8 @@ class Acceptor:
     def _drain(self) -> None:
         grace_s = self._settings.drain_grace_s
         log.info("draining, for at most %g s", grace_s)
-        self._loop.at(time.monotonic() + grace_s, self._cut_off)
+        self._ends = time.monotonic() + grace_s
+        self._loop.at(self._ends, self._cut_off)
         self._front.drain(self._end)
 
     def _cut_off(self) -> None:
@@ -205,6 +220,14 @@ class Acceptor:
     def _end(self) -> None:
         self._front.close()
         self._loop.stop()
+
+
+def _tracing(settings: Settings, metrics: Metrics) -> "Tracing | None":
+    if not settings.otlp_endpoint:
+        return None
+    from service.tracing import Tracing  # needs OpenTelemetry
+
+    return Tracing(settings.otlp_endpoint, metrics)
 
 
 def _connection_age(seconds: float) -> list[tuple[str, int]]:

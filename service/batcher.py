@@ -4,8 +4,10 @@ The device is the clock: while it runs a batch, requests gather; when it is free
 up to the largest batch that keeps the deadlines. There is no timer and no polling.
 """
 
+import itertools
 import logging
 import math
+import random
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -43,7 +45,8 @@ _CERTAIN_S = 1.0
 class Answer(NamedTuple):
     """`outputs` float32 `[n, classes]` belong to the submitted rows, in their order; the
     `failed_rows` that the model failed on are NaN. Times are in seconds: waiting for the device, and
-    on it. `batch_size` is that of the largest batch any of its rows ran in.
+    on it. `batch_size` is that of the largest batch any of its rows ran in, and `batch` the number of
+    the last one, which those have who ran with it, and no other batch of this machine.
     """
 
     outputs: Outputs
@@ -51,6 +54,7 @@ class Answer(NamedTuple):
     run_s: float
     batch_size: int
     failed_rows: int = 0
+    batch: int = 0
 
 
 Done: TypeAlias = Callable[[Answer | Exception], None]
@@ -191,7 +195,7 @@ class Ticket:
     """A submitted request; all but `cancel` is the batcher's."""
 
     __slots__ = (
-        "answered", "arrived", "batch_size", "batcher", "count", "deadline", "done", "ended",
+        "answered", "arrived", "batch", "batch_size", "batcher", "count", "deadline", "done", "ended",
         "failed_rows", "on_trial", "outputs", "queue", "rank", "rows", "run_s", "taken",
     )  # fmt: skip
 
@@ -219,7 +223,7 @@ class Ticket:
         self.taken = self.answered = self.failed_rows = 0
         self.outputs: Outputs | None = None
         self.run_s = 0.0
-        self.batch_size = 0
+        self.batch = self.batch_size = 0
         self.ended = False
 
     def cancel(self) -> None:
@@ -317,6 +321,8 @@ class Batcher:
         self._size = 1
         self._left_some = False
         self._gap_s = 0.0
+        # Of batches; no other batcher will come to the same ones.
+        self._numbers = itertools.count(random.getrandbits(63) + 1)
         # Rows that were asked for since the last batch, refused ones too: these take time, but must
         # not make those that are taken on look expensive, or ever more would be refused.
         self._asked = 0
@@ -724,7 +730,7 @@ class Batcher:
                 self._land(flight, looked)
             return 0
         outputs, bad = self._outputs(rows, size, quiet=apart)
-        ended = self._clock()
+        ended, number = self._clock(), next(self._numbers)
         retry = outputs is None and size > 1
         endings: list[_Ending] = []
         late_rows = offset = 0
@@ -739,6 +745,7 @@ class Batcher:
                     late_rows += stop - start
                 ticket.run_s += run_s
                 ticket.batch_size = max(ticket.batch_size, size)
+                ticket.batch = number
                 if ticket.ended or retry:
                     continue
                 if bad is not None:
@@ -895,7 +902,14 @@ def _give(
     if ticket.outputs is None or ticket.failed_rows == ticket.count:
         return InferenceFailed("the model failed on every image of this request")
     queue_s = max(0.0, now - ticket.arrived - ticket.run_s)
-    return Answer(ticket.outputs, queue_s, ticket.run_s, ticket.batch_size, ticket.failed_rows)
+    return Answer(
+        ticket.outputs,
+        queue_s,
+        ticket.run_s,
+        ticket.batch_size,
+        ticket.failed_rows,
+        ticket.batch,
+    )
 
 
 def _tell(endings: list[_Ending]) -> None:

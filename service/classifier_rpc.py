@@ -72,13 +72,13 @@ class ClassifierRpc:
             served.check_count(len(request.images))
             self._hold(call, len(request.images) * served.image_bytes)
             inputs = [_input(image) for image in request.images]
-            decoded, decode_s = await served.decode(inputs, call.deadline)
+            decoded, decode_s = await served.decode(inputs, call.deadline, call.trace)
             readable = [item for item in decoded if not isinstance(item, InvalidImage)]
             answer: Answer | None = None
             unsure: Flags = np.empty(0, np.bool_)
             if readable:
                 pixels = readable[0][np.newaxis] if len(readable) == 1 else np.stack(readable)
-                answer = await served.run(pixels, call.deadline)
+                answer = await served.run(pixels, call.deadline, 0, call.trace)
                 call.ran(decode_s, answer.queue_s, answer.run_s)
                 unsure = served.unsure(answer.outputs)
                 if served.observed:

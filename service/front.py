@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -18,6 +18,9 @@ from service import errors, wire
 from service.metrics import Metrics, Requests
 from service.task import Task, Wait
 from service.transport import Exchange, Loop, ignore
+
+if TYPE_CHECKING:
+    from service.tracing import Trace, Tracing  # needs OpenTelemetry
 
 log = logging.getLogger("convoy.front")
 
@@ -66,7 +69,9 @@ _MAX_WORDS_BYTES = 2000
 class Call:
     """What a handler knows of its call. `arrived` and `deadline` are on `time.monotonic`'s clock."""
 
-    __slots__ = ("arrived", "deadline", "held", "metadata", "model", "raw", "requests", "times")
+    __slots__ = (
+        "arrived", "deadline", "held", "metadata", "model", "raw", "requests", "times", "trace",
+    )  # fmt: skip
 
     def __init__(
         self, deadline: float | None, metadata: Sequence[tuple[str, str | bytes]] = ()
@@ -83,6 +88,8 @@ class Call:
         self.times: tuple[float, float, float, float] | None = None
         # What it holds in memory, in bytes; `Front.hold` adds to it.
         self.held = 0
+        # Of one that is traced: what it went through is noted there.
+        self.trace: Trace | None = None
 
     def key(self) -> str | None:
         """Who asks, or about what, by the caller's metadata; None where that does not say."""
@@ -151,11 +158,12 @@ class Front:
         max_held_bytes: int,
         max_parts: int,
         check: Callable[[float | None], None] = ignore,
+        tracing: "Tracing | None" = None,
     ) -> None:
         """`max_parts`: fields in a large body, see `wire.check_parts`. `check(deadline)` raises where
         work can't be done by then, whatever it is.
         """
-        self.loop, self.metrics = loop, metrics
+        self.loop, self.metrics, self.tracing = loop, metrics, tracing
         self._max_bytes, self._max_in_flight = max_request_bytes, max_in_flight
         self._max_held, self._max_parts = max_held_bytes, max_parts
         self._check = check
@@ -258,11 +266,19 @@ class Front:
             if error is not None:
                 code = _STATUS[type(error)]
                 self.metrics.finished(exchange.method.rpartition("/")[2], "", code.name, 0.0)
+                if trace := self.trace(exchange, time.monotonic()):
+                    trace.end_rpc(code.name, "")
                 exchange.refuse(code.value[0], str(error), _trailers(error))
                 return
         self._calls += 1
         exchange.accept()
         begin(exchange)
+
+    def trace(self, exchange: Exchange, arrived: float) -> "Trace | None":
+        """Of a request that `arrived` then; None where it is not traced."""
+        if self.tracing is None:
+            return None
+        return self.tracing.rpc(exchange.method, exchange.metadata, arrived)
 
     def refusal(self, deadline: float | None) -> errors.ConvoyError | None:
         """Why no more work is taken on; None where it is."""
@@ -372,6 +388,8 @@ class _Unary(Call):
         if not route.always:
             front.started()
             front.unread[self] = None
+            if front.tracing is not None:
+                self.trace = front.trace(exchange, self.arrived)
         exchange.on_gone = self._gone
         exchange.on_closed = front.closed
         exchange.read(self._received)
@@ -439,6 +457,8 @@ class _Unary(Call):
         whole_s = None
         if not route.always:
             whole_s = front.ended(self, code)
+            if self.trace is not None:
+                self.trace.end_rpc(code.name, self.model)
         front.metrics.finished(route.name, self.model, code.name, whole_s)
 
 
@@ -519,6 +539,8 @@ class _Stream:
             return
         front, route = self._front, self._route
         call = Call(self._exchange.deadline, self._exchange.metadata)
+        if front.tracing is not None:
+            call.trace = front.trace(self._exchange, call.arrived)
         refused, request, size = front.refusal(self._exchange.deadline), None, len(data)
         front.started()
         self._owed += 1
@@ -572,6 +594,8 @@ class _Stream:
                 data = route.refusal(request, code, words).SerializeToString()
         whole_s = front.ended(call, code)
         front.metrics.finished(route.name, call.model, code.name, whole_s)
+        if call.trace is not None:
+            call.trace.end_rpc(code.name, call.model)
         if self._exchange.gone or self._ended:
             self._owed -= 1
             self._owed_bytes -= size

@@ -242,12 +242,12 @@ class InferenceRpc:
         given = inputs
         if isinstance(inputs, list):
             self._hold(call, len(inputs) * served.image_bytes)
-            decoded, decode_s = await served.decode(inputs, call.deadline)
+            decoded, decode_s = await served.decode(inputs, call.deadline, call.trace)
             for number, item in enumerate(decoded):
                 if isinstance(item, InvalidImage):
                     raise InvalidImage(f"image {number}: {item}")
             inputs = np.stack([item for item in decoded if not isinstance(item, InvalidImage)])
-        answer = await served.run(inputs, call.deadline, priority)
+        answer = await served.run(inputs, call.deadline, priority, call.trace)
         call.ran(decode_s, answer.queue_s, answer.run_s)
         if answer.failed_rows:
             failed = np.flatnonzero(np.isnan(answer.outputs).any(axis=1)).tolist()

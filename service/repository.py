@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,9 @@ from service.model import Model
 from service.settings import Settings
 from service.task import Done, Wait, elsewhere
 from service.trial import Trials, Version
+
+if TYPE_CHECKING:
+    from service.tracing import Trace  # needs OpenTelemetry
 
 _DECODE_JOBS = 32
 
@@ -113,7 +116,10 @@ class Served:
             )
 
     async def decode(
-        self, inputs: Sequence[bytes | Pixels | InvalidImage], deadline: float | None
+        self,
+        inputs: Sequence[bytes | Pixels | InvalidImage],
+        deadline: float | None,
+        trace: "Trace | None" = None,
     ) -> tuple[list[Pixels | InvalidImage], float]:
         """Each input as uint8 `[H, W, C]` pixels of the model's size, or why it can't be read; and
         the seconds until the last was done. Encoded images and pixels may be mixed; one that is
@@ -126,11 +132,15 @@ class Served:
         if all(isinstance(item, np.ndarray) and item.shape == shape for item in inputs):
             decoded = list(inputs)  # type: ignore[arg-type]
         else:
+            if trace is not None:
+                trace.decodes(self.name, self.version, len(inputs))
             self._check_time(len(inputs), deadline)
             decode = partial(_decode, self.manifest.pixels, self._settings.max_megapixels)
             decoded = await Wait(
                 lambda done: _Decoding(inputs, decode, self._decoders, deadline, done)
             )
+            if trace is not None:
+                trace.decoded()
         seconds = time.monotonic() - began
         self._decode_s.observe(seconds)
         invalid = sum(isinstance(item, InvalidImage) for item in decoded)
@@ -189,7 +199,13 @@ class Served:
                 wait_s - left_s,
             )
 
-    async def run(self, pixels: Pixels, deadline: float | None, priority: int = 0) -> Answer:
+    async def run(
+        self,
+        pixels: Pixels,
+        deadline: float | None,
+        priority: int = 0,
+        trace: "Trace | None" = None,
+    ) -> Answer:
         """Probabilities float32 `[N, classes]` of `pixels` uint8 `[N, H, W, C]`, N at least 1; NaN
         in the rows that the model failed on.
 
@@ -197,6 +213,8 @@ class Served:
         InferenceFailed, NotReady.
         """
         submit, metrics, name = self.batcher.submit, self._metrics, self.name
+        if trace is not None:
+            trace.queues(name, self.version, len(pixels))
         try:
             answer: Answer = await Wait(
                 lambda done: submit(pixels, done, deadline=deadline, priority=priority)
@@ -208,6 +226,8 @@ class Served:
                 outcome = "late"
             metrics.images(name, outcome, len(pixels))
             raise
+        if trace is not None:
+            trace.answered(answer)
         failed = answer.failed_rows
         metrics.images(name, "ok", len(pixels) - failed)
         if failed:

@@ -51,6 +51,13 @@ def _no_url(_: object, folder: Path) -> None:
         )
 
 
+def _http(_: object, url: str | None) -> None:
+    if url and not re.match(r"https?://[^/]", url):
+        raise ValueError(f"{url!r}: a URL as http://collector:4318")
+
+
+OtlpEndpoint = Annotated[str, Parameter(validator=_http)]
+
 # A `str` is the URL of a place in an object store.
 URL_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 FolderOrUrl = Annotated[Path | str, Parameter(converter=_folder_or_url)]
@@ -194,6 +201,11 @@ class Settings:
 
     drift_psi: Positive = 0.2
     """Population stability index from which on a feature alarms, where chance does not explain it."""
+
+    otlp_endpoint: OtlpEndpoint | None = None
+    """Where traces of requests are sent, by OTLP over HTTP: http://collector:4318 (docs/tracing.md). Off
+    where none is named; needs OpenTelemetry, whose own variables, as OTEL_TRACES_SAMPLER, say the
+    rest."""
 
     tls_certificate: Path | None = None
     """PEM file of the server's certificate chain: gRPC is then served over TLS."""

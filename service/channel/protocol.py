@@ -23,12 +23,12 @@ from service.errors import (
     Overloaded,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAGIC = b"convoy"
 HELLO = struct.Struct("<6sH")
 WELCOME = struct.Struct("<6sHI")  # ..., where the times begin in the status page
 REQUEST = struct.Struct("<QdQqIIH")
-REPLY = struct.Struct("<QddIIH")
+REPLY = struct.Struct("<QddQIIH")
 SUBMIT, CANCEL = 0, 1
 OK = 0
 # The number of a reply that is none: what the status page says of the models has changed.

@@ -25,7 +25,7 @@ from tests.numbered import INFO, POISON, model, numbers, outputs, rows
 # Only decides how long a test that hangs takes to fail.
 TIMEOUT_S = 30.0
 ROW = INFO.row_bytes
-HELLO = struct.pack("<6sH", b"convoy", 2)
+HELLO = struct.pack("<6sH", b"convoy", 3)
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -181,7 +181,7 @@ class Bare:
         self.socket.sendall(struct.pack("<QdQqIIH", number, deadline, offset, 0, rows, model, kind))
 
     def replies(self, count: int) -> list[tuple[int, int]]:
-        reply = struct.Struct("<QddIIH")
+        reply = struct.Struct("<QddQIIH")
         with self.socket.makefile("rb") as stream:
             data = stream.read(count * reply.size)
         return [(number, status) for number, *_, status in reply.iter_unpack(data)]
