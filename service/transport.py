@@ -132,7 +132,7 @@ class Loop(ABC):
     def post(self, callback: Callable[[], None], exchange: Exchange | None = None) -> None:
         """Has `callback` called on the loop's thread; may be called from any other.
 
-        At once where it is for an `exchange` that has not been closed, else within `_NAP_S`.
+        It costs least where it is for an `exchange` that has not been closed.
         """
         self._posted.append(callback)
         self._wake(exchange)
@@ -281,14 +281,27 @@ class CoreServer(Loop):
         )
 
     def _wake(self, exchange: Exchange | None) -> None:
-        # Batches of no operations are over at once, and end up in the queue like all others: a call
-        # is the only thing that can put something there.
-        if isinstance(exchange, _CoreExchange) and not self._woken:
-            # To a queue that is closed it would be the end of the process.
-            with self._waking:
-                if not self._shut:
-                    self._woken = True
-                    exchange.call.start_server_batch((), self._on_woken)
+        # Before it runs nothing is asleep: chores come first.
+        if self._woken or not self.thread:
+            return
+        # To a queue that is closed it would be the end of the process.
+        with self._waking:
+            if self._shut:
+                return
+            self._woken = True
+            # Batches of no operations are over at once, and end up in the queue like all others.
+            if isinstance(exchange, _CoreExchange):
+                exchange.call.start_server_batch((), self._on_woken)
+                return
+            # Without a call, so does the end of a server that never listened: 5 us.
+            bell = self._core.Server((), False)
+            bell.register_completion_queue(self._queue)
+            bell.start(backup_queue=False)
+            bell.shutdown(self._queue, partial(self._on_rung, bell))
+
+    def _on_rung(self, bell: Any, _: object) -> None:
+        bell.destroy()
+        self._on_woken(None)
 
     def _on_woken(self, _: object) -> None:
         # First this, or what is posted while the chores run would wake nobody.
