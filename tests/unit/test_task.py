@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.errors import Cancelled
-from service.task import Task, Wait
+from service.task import Shared, Task, Wait
 
 
 class Work:
@@ -194,3 +194,42 @@ def test_a_task_that_has_ended_keeps_nothing_until_the_garbage_collector_comes(e
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_those_who_ask_while_it_is_found_share_what_is_found_next() -> None:
+    finding, go_on = threading.Event(), threading.Semaphore(0)
+    found = iter([1, 0, 3])
+
+    def find() -> int:
+        finding.set()
+        assert go_on.acquire(timeout=30)
+        if value := next(found):
+            return value
+        raise ValueError("no")
+
+    shared, told = Shared(find), threading.Semaphore(0)
+    results: list[Any] = []
+
+    def ask() -> None:
+        def then(result: Any) -> None:
+            results.append(result)
+            told.release()
+
+        Task(shared.get(), then, Here()).run()
+
+    def wait_for(count: int) -> list[Any]:
+        go_on.release()
+        for _ in range(count):
+            assert told.acquire(timeout=30)
+        now = results[:]
+        results.clear()
+        return now
+
+    ask()
+    assert finding.wait(30)
+    for _ in range(3):
+        ask()
+    assert wait_for(1) == [1]
+    assert [str(each) for each in wait_for(3)] == ["no"] * 3
+    ask()
+    assert wait_for(1) == [3]
