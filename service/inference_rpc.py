@@ -73,6 +73,8 @@ _TYPED_VALUES = 65_536
 # Of so many values the best are found, and so many bytes of shared memory copied, while others wait.
 _FEW_VALUES = 8192
 _FEW_BYTES = 1_000_000
+# What a class takes, as Triton writes it, until it is sent.
+_CLASS_BYTES = 128
 
 # How a caller asks that an error end a stream, and not be told in it.
 _STRICT = ("triton_grpc_error", "true")
@@ -257,7 +259,8 @@ class InferenceRpc:
             served.answered(given, inputs, outputs, served.unsure(outputs))  # type: ignore[arg-type]
         head, rest = b"", pb.ModelInferResponse(id=request.id)
         if best or place:
-            await self._answer_otherwise(rest, served, answer.outputs, best, place, content is None)
+            typed = content is None
+            await self._answer_otherwise(rest, call, served, answer.outputs, best, place, typed)
         elif content is not None:
             # Messages that are joined are merged when they are parsed, so what is always the same
             # is serialised once: https://protobuf.dev/programming-guides/encoding/#last-one-wins.
@@ -276,6 +279,7 @@ class InferenceRpc:
     async def _answer_otherwise(
         self,
         response: pb.ModelInferResponse,
+        call: Call,
         served: Served,
         outputs: Probabilities,
         best: int,
@@ -300,6 +304,7 @@ class InferenceRpc:
             response.raw_output_contents.append(b"")
             return
         best = min(best, outputs.shape[1])
+        self._hold(call, len(outputs) * best * _CLASS_BYTES)
         find = functools.partial(classified, outputs, served.manifest.labels, best)
         found = await served.aside(find) if outputs.size > _FEW_VALUES else find()
         output = _output(response, served, "BYTES", (len(outputs), best))
@@ -553,8 +558,8 @@ def _key(request: pb.ModelInferRequest, call: Call) -> str | None:
 
 def refuse_one(
     request: pb.ModelInferRequest | None,
-    code: grpc.StatusCode,
-    words: str,  # noqa: ARG001
+    code: grpc.StatusCode,  # noqa: ARG001
+    words: str,
 ) -> pb.ModelStreamInferResponse:
     """The answer to a message of a stream that failed: see `Front.stream`."""
     response = pb.ModelStreamInferResponse(error_message=words)

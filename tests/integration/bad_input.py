@@ -156,6 +156,25 @@ def _both(request: oip.ModelInferRequest) -> None:
     request.inputs[0].contents.uint_contents.extend([0] * 96)
 
 
+def _asked(**parameters: oip.InferParameter) -> Callable[[oip.ModelInferRequest], None]:
+    """The output is asked for with these."""
+
+    def change(request: oip.ModelInferRequest) -> None:
+        output = request.outputs.add(name="scores")
+        for name, value in parameters.items():
+            output.parameters[name].CopyFrom(value)
+
+    return change
+
+
+def _region(offset: int) -> dict[str, oip.InferParameter]:
+    return {
+        "shared_memory_region": oip.InferParameter(string_param="a"),
+        "shared_memory_byte_size": oip.InferParameter(int64_param=96),
+        "shared_memory_offset": oip.InferParameter(int64_param=offset),
+    }
+
+
 def _oversized(megabytes: float) -> pb.ClassifyRequest:
     return _classify(images=[pb.Image(encoded=bytes(int(megabytes * 1e6)))])
 
@@ -201,8 +220,12 @@ CASES = [
     Case("BYTES that end within a length", INFER, _infer(datatype="BYTES", shape=[1], contents=b"ab"), "INVALID_ARGUMENT", "end within the length"),
     Case("BYTES of a wrong shape", INFER, _infer(datatype="BYTES", shape=[1, 4, 4, 3]), "INVALID_ARGUMENT", "expected [N]"),
     Case("unknown output", INFER, _infer(lambda request: request.outputs.add(name="logits")), "INVALID_ARGUMENT", "has 'scores'"),
-    Case("output parameters", INFER, _infer(lambda request: request.outputs.add(name="scores").parameters["classification"].MergeFrom(oip.InferParameter(int64_param=3))), "INVALID_ARGUMENT", "not supported here: classification"),
-    Case("input parameters", INFER, _infer(lambda request: request.inputs[0].parameters["shared_memory_region"].MergeFrom(oip.InferParameter(string_param="a"))), "INVALID_ARGUMENT", "not supported here: shared_memory_region"),
+    Case("the best 0 classes", INFER, _infer(_asked(classification=oip.InferParameter(int64_param=0))), "INVALID_ARGUMENT", "at least 1"),
+    Case("the best classes, how many as a string", INFER, _infer(_asked(classification=oip.InferParameter(string_param="3"))), "INVALID_ARGUMENT", "expected an int64_param"),
+    Case("shared memory without a region", INFER, _infer(_asked(shared_memory_byte_size=oip.InferParameter(int64_param=96))), "INVALID_ARGUMENT", "without a 'shared_memory_region'"),
+    Case("shared memory without a size", INFER, _infer(_asked(shared_memory_region=oip.InferParameter(string_param="a"))), "INVALID_ARGUMENT", "needs 'shared_memory_byte_size'"),
+    Case("shared memory at an offset below 0", INFER, _infer(_asked(**_region(-1))), "INVALID_ARGUMENT", "an integer of at least 0"),
+    Case("shared memory, where it is not allowed", INFER, _infer(_asked(**_region(0))), "UNIMPLEMENTED", "--allow-shared-memory"),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ code and ours define the same protobuf names, so that one process can't have bot
 
 import asyncio
 import json
+import os
 import queue
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton  # type: ignore[import-not-found, unused-ignore]
 import tritonclient.grpc.aio as triton_aio  # type: ignore[import-not-found, unused-ignore]
+import tritonclient.utils.shared_memory as shm  # type: ignore[import-not-found, unused-ignore]
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import (  # type: ignore[import-not-found, unused-ignore]
     DataType,
@@ -106,7 +108,8 @@ def control(target: str, _: Path) -> dict[str, Any]:
             models = client.get_model_repository_index().models
             return [[each.name, each.version, each.state] for each in models]
 
-        seen: dict[str, Any] = {"extensions": list(client.get_server_metadata().extensions)}
+        extensions = client.get_server_metadata().extensions
+        seen: dict[str, Any] = {"extensions": "model_repository" in extensions}
         client.unload_model("digits", unload_dependents=True)
         seen["unloaded"] = [index(), client.is_model_ready("digits")]
         client.load_model("digits")
@@ -116,6 +119,107 @@ def control(target: str, _: Path) -> dict[str, Any]:
         except triton.InferenceServerException as error:
             seen["overridden"] = error.status()
         return seen
+
+
+def shared(target: str, folder: Path) -> dict[str, Any]:
+    """The images of `folder` in shared memory, and their answers; and what is asked about it."""
+    pixels = np.load(folder / "pixels.npy")
+    there, back = f"convoy-there-{os.getpid()}", f"/convoy-back-{os.getpid()}"
+    classes = 4 * 10 * len(pixels)
+    source = shm.create_shared_memory_region("there", there, 64 + pixels.nbytes)
+    sink = shm.create_shared_memory_region("back", back, classes)
+    tensor = triton.InferInput("pixels", list(pixels.shape), "UINT8")
+    tensor.set_shared_memory("there", pixels.nbytes, offset=64)
+    output = triton.InferRequestedOutput("probabilities")
+    output.set_shared_memory("back", classes)
+    try:
+        with triton.InferenceServerClient(target) as client:
+            shm.set_shared_memory_region(source, [pixels], offset=64)
+            client.register_system_shared_memory("there", there, 64 + pixels.nbytes)
+            client.register_system_shared_memory("back", back, classes)
+            status = client.get_system_shared_memory_status(as_json=True)
+            answer = client.infer("digits", [tensor], outputs=[output])
+            told = answer.get_output("probabilities")
+            filled = shm.get_contents_as_numpy(sink, np.float32, list(told.shape)).tolist()
+            by_value = rows(client.infer("digits", [tensor]))
+            client.unregister_system_shared_memory("there")
+            try:
+                client.infer("digits", [tensor])
+            except triton.InferenceServerException as error:
+                refusal = error.status()
+            client.unregister_system_shared_memory()
+            return {
+                "regions": sorted(status["regions"]),
+                "shared": filled,
+                "by_value": by_value,
+                "refusal": refusal,
+                "left": len(client.get_system_shared_memory_status().regions),
+            }
+    finally:
+        shm.destroy_shared_memory_region(source)
+        shm.destroy_shared_memory_region(sink)
+
+
+def stream(target: str, folder: Path) -> dict[str, Any]:
+    """Each image of `folder` in a message of one stream, between them one that is wrong; and the same
+    by which an error ends the stream.
+    """
+    pixels = np.load(folder / "pixels.npy")
+    finished: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+
+    def send(client: Any, name: str, number: int) -> None:
+        tensor = triton.InferInput("pixels", [1, *pixels.shape[1:]], "UINT8")
+        tensor.set_data_from_numpy(pixels[number : number + 1])
+        output = triton.InferRequestedOutput("probabilities", class_count=3)
+        client.async_stream_infer(
+            name, [tensor], outputs=[output], request_id=str(number),
+            enable_empty_final_response=True,
+        )  # fmt: skip
+
+    with triton.InferenceServerClient(target) as client:
+        client.start_stream(lambda result, error: finished.put((result, error)))
+        for number in range(len(pixels)):
+            send(client, "digits" if number != 1 else "nobody's", number)
+        results = [finished.get(timeout=30) for _ in pixels]
+        client.stop_stream()
+        seen: dict[str, Any] = {
+            "errors": [error and error.message() for _, error in results],
+            "ids": [result.get_response().id for result, _ in results if result],
+            "final": [
+                result.get_response().parameters["triton_final_response"].bool_param
+                for result, _ in results
+                if result
+            ],
+            "classes": [
+                [text.decode() for text in result.as_numpy("probabilities")[0]]
+                for result, _ in results
+                if result
+            ],
+        }
+        client.start_stream(
+            lambda result, error: finished.put((result, error)),
+            headers={"triton_grpc_error": "true"},
+        )
+        send(client, "digits", 0)
+        send(client, "nobody's", 1)
+        (first, _), (_, error) = finished.get(timeout=30), finished.get(timeout=30)
+        client.stop_stream()
+        return {**seen, "strict": [first.get_response().id, error.status()]}
+
+
+def served_config(target: str, path: Path) -> list[list[Any]]:
+    """What ModelConfig says, beside the config.pbtxt of the model."""
+    with triton.InferenceServerClient(target) as client:
+        told = client.get_model_config("digits").config
+    written = text_format.Parse(path.read_text(), ModelConfig())
+    return [
+        [
+            each.name, each.platform, each.max_batch_size, each.WhichOneof("scheduling_choice"),
+            *([end.name, end.data_type, list(end.dims)] for end in (*each.input, *each.output)),
+            each.output[0].label_filename,
+        ]
+        for each in (told, written)
+    ]  # fmt: skip
 
 
 def config(path: str, _: Path) -> dict[str, Any]:
@@ -138,5 +242,8 @@ if __name__ == "__main__":
         "beside_convoy": beside_convoy,
         "control": control,
         "config": config,
+        "shared": shared,
+        "stream": stream,
+        "served_config": served_config,
     }[sys.argv[1]]
     json.dump(what(sys.argv[2], Path(sys.argv[3])), sys.stdout)

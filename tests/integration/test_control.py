@@ -192,7 +192,7 @@ def test_tritonclient_loads_and_unloads(controlled: Server, peer: Peer) -> None:
     seen = peer("control", controlled.target)
     rest = [["digits", "1", "UNAVAILABLE"], ["digits", "3", "UNAVAILABLE"]]
     assert seen == {
-        "extensions": ["model_repository"],
+        "extensions": True,
         "unloaded": [[rest[0], ["digits", "2", "UNAVAILABLE"], rest[1]], False],
         "loaded": [[rest[0], ["digits", "2", "READY"], rest[1]], True],
         "overridden": "StatusCode.INVALID_ARGUMENT",

@@ -75,7 +75,9 @@ def test_the_server_is_live_ready_and_says_what_it_is(inference: Any) -> None:
     assert inference.ServerReady(pb.ServerReadyRequest()).ready
     answer = inference.ServerMetadata(pb.ServerMetadataRequest())
     assert (answer.name, answer.version) == ("convoy", metadata.version("convoy-serving"))
-    assert list(answer.extensions) == []
+    offered = {"classification", "model_configuration", "schedule_policy"}
+    assert offered <= set(answer.extensions)
+    assert not {"model_repository", "system_shared_memory"} & set(answer.extensions)
 
 
 @pytest.mark.parametrize("version", ["", "1"])
@@ -158,16 +160,21 @@ def test_outputs_and_parameters_that_clients_send_are_accepted(inference: Any) -
 @pytest.mark.parametrize(
     ("call", "request_"),
     [
-        ("ModelReady", pb.ModelReadyRequest(name="nobody's")),
-        ("ModelReady", pb.ModelReadyRequest(name="digits", version="9")),
         ("ModelMetadata", pb.ModelMetadataRequest(name="nobody's")),
         ("ModelMetadata", pb.ModelMetadataRequest(name="digits", version="latest")),
+        ("ModelConfig", pb.ModelConfigRequest(name="nobody's")),
+        ("ModelConfig", pb.ModelConfigRequest(name="digits", version="9")),
     ],
 )
 def test_an_unknown_model_or_version_is_not_found(inference: Any, call: str, request_: Any) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         getattr(inference, call)(request_)
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(("name", "version"), [("nobody's", ""), ("digits", "9"), ("digits", "x")])
+def test_an_unknown_model_or_version_is_not_ready(inference: Any, name: str, version: str) -> None:
+    assert not inference.ModelReady(pb.ModelReadyRequest(name=name, version=version)).ready
 
 
 def test_reflection_lists_and_describes_the_services(channel: grpc.Channel) -> None:

@@ -30,7 +30,10 @@ def test_tritonclient_gets_what_convoy_classify_gets_to_the_bit(
 ) -> None:
     seen = peer("calls", shipped.target, folder)
     assert [seen[what] for what in ("live", "ready", "model_ready", "version_ready")] == [True] * 4
-    assert seen["server"] == {"name": "convoy", "version": metadata.version("convoy-serving")}
+    assert seen["server"].items() >= {
+        ("name", "convoy"),
+        ("version", metadata.version("convoy-serving")),
+    }
     assert seen["model"]["name"] == "digits"
     assert seen["model"]["versions"] == ["1"]
     assert seen["model"]["inputs"] == [
@@ -58,6 +61,30 @@ def test_tritonclient_and_convoy_live_in_one_process(
     seen = peer("beside_convoy", shipped.target, folder, PYTHONPATH=str(REPOSITORY))
     assert seen["triton"] == seen["convoy"]
     assert len(seen["convoy"]) == 10
+
+
+def test_tritonclient_streams_and_reads_classes(
+    peer: Peer, shipped: Server, folder: Path, digits: Golden
+) -> None:
+    seen = peer("stream", shipped.target, folder)
+    count = len(digits.pixels)
+    expected = [
+        [f"{row[index]:f}:{index}:{index}" for index in np.argsort(-row)[:3]]
+        for row in digits.probabilities
+    ]
+    assert "nobody's" in seen["errors"].pop(1)
+    assert seen["errors"] == [None] * (count - 1)
+    assert seen["ids"] == [str(number) for number in range(count) if number != 1]
+    assert seen["final"] == [True] * (count - 1)
+    assert [[text.partition(":")[2] for text in each] for each in seen["classes"]] == [
+        [text.partition(":")[2] for text in each] for each in expected[:1] + expected[2:]
+    ]
+    assert seen["strict"] == ["0", "StatusCode.NOT_FOUND"]
+
+
+def test_triton_reads_the_config_that_is_served_as_the_file(peer: Peer, shipped: Server) -> None:
+    served, written = peer("served_config", shipped.target, DIGITS / "config.pbtxt")
+    assert served == written
 
 
 def test_triton_can_read_the_config_and_it_fits_the_graph(peer: Peer) -> None:

@@ -216,3 +216,10 @@ def test_what_ends_half_way_is_no_message(data: bytes) -> None:
         wire.split(data, RAW)
     with pytest.raises(DecodeError):
         wire.check_parts(Request, data, 100)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 70_000])
+def test_a_field_that_is_written_is_what_protobuf_reads(size: int) -> None:
+    raw = bytes(size)
+    message = Request.FromString(wire.field(RAW, raw) + wire.field(1, b"m"))
+    assert message == Request(model_name="m", raw_input_contents=[raw])
