@@ -18,7 +18,9 @@
 #             16, the compiled standard library 13), serve-gpu 2.7 GB (NVIDIA's libraries 2.1, ONNX
 #             Runtime 0.36), train 2.4 GB (TensorFlow 1.5 without its headers, pyarrow 0.18, SciPy 0.15)
 # packages    locks/*.txt, by hash. --build-arg SERVE_LOCKS="-r cpu.txt -r parquet.txt" adds pyarrow, for
-#             --feedback; TRAIN_LOCKS="-r train-gpu.txt" takes TensorFlow with its CUDA parts
+#             --feedback; "-r cpu.txt -r bulk.txt" Ray, for `convoy bulk` (make image TARGET=bulk: convoy:bulk;
+#             on cards GPU_LOCKS="-r gpu.txt -r bulk.txt"); TRAIN_LOCKS="-r train-gpu.txt" takes TensorFlow
+#             with its CUDA parts
 # index       pip's own: --secret id=pip,src=pip.conf, and id=ca for a certificate that it names
 #             (deploy/image.sh writes both from pip's configuration); no layer keeps them
 #
@@ -73,14 +75,14 @@ WORKDIR /src
 # The packages: the large layers, which change with the locks alone.
 FROM tools AS packages
 ARG SERVE_LOCKS="-r cpu.txt"
-COPY locks/cpu.txt locks/parquet.txt ./
+COPY locks/cpu.txt locks/parquet.txt locks/bulk.txt ./
 RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca \
     $PIP install --no-compile --require-hashes $SERVE_LOCKS && $COMPILE /opt/convoy
 
 FROM tools-gpu AS packages-gpu
 ARG GPU_LOCKS="-r gpu.txt"
-COPY locks/gpu.txt locks/parquet.txt ./
+COPY locks/gpu.txt locks/parquet.txt locks/bulk.txt ./
 RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=secret,id=ca \
     $PIP install --no-compile --require-hashes $GPU_LOCKS && $COMPILE /opt/convoy

@@ -89,6 +89,7 @@ lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest vers
 	$(LOCK) pyproject.toml --extra cpu --extra object-store --output-file locks/cpu.txt
 	$(LOCK) pyproject.toml --extra gpu --extra object-store --output-file locks/gpu.txt
 	$(LOCK) pyproject.toml --extra parquet --constraint locks/cpu.txt --output-file locks/parquet.txt
+	$(LOCK) pyproject.toml --extra bulk --constraint locks/cpu.txt --output-file locks/bulk.txt
 	$(LOCK) pyproject.toml $(TRAIN_EXTRAS) --extra train --output-file locks/train.txt
 	$(LOCK) pyproject.toml $(TRAIN_EXTRAS) --extra train-gpu --output-file locks/train-gpu.txt
 	$(LOCK) pyproject.toml --extra cpu --extra train --extra dev --output-file locks/dev.txt
@@ -100,7 +101,7 @@ lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest vers
 	$(LOCK) locks/deploy.in --output-file locks/deploy.txt
 
 .PHONY: image
-image: ## Build an image: TARGET=serve, serve-gpu or train; ENGINE=docker, podman or buildah
+image: ## Build an image: TARGET=serve, serve-gpu, train or bulk; ENGINE=docker, podman or buildah
 	deploy/image.sh $(or $(TARGET),serve) $(BUILD_ARGS)
 
 .PHONY: image-test
@@ -110,7 +111,7 @@ image-test: install ## Build the images with buildah, run them with podman, hold
 .PHONY: sbom
 sbom: install ## Write what each image installs to dist/*.cdx.json (CycloneDX)
 	@mkdir -p dist
-	for lock in cpu gpu train; do \
+	for lock in cpu gpu bulk train; do \
 		$(BIN)/uv tool run --from cyclonedx-bom@7.5.0 cyclonedx-py requirements locks/$$lock.txt \
 		--pyproject pyproject.toml --output-reproducible --output-file dist/convoy-$$lock.cdx.json || \
 		exit 1; done
@@ -119,11 +120,11 @@ sbom: install ## Write what each image installs to dist/*.cdx.json (CycloneDX)
 licences: install ## List the licences of what the images install; fails on copyleft ones
 	@$(BIN)/uv tool run pip-licenses@5.5.5 --python=$(BIN)/python --from=mixed --order=license --with-urls \
 		--partial-match --fail-on="General Public License;GPL" \
-		--packages $$(sed -nE 's/^([a-z0-9._-]+)==.*/\1/p' locks/train.txt | sort -u)
+		--packages $$(sed -nE 's/^([a-z0-9._-]+)==.*/\1/p' locks/train.txt locks/bulk.txt | sort -u)
 
 .PHONY: audit
 audit: install ## Look up known vulnerabilities of what the images install: needs PyPI itself, no mirror
-	for lock in cpu gpu parquet train; do \
+	for lock in cpu gpu parquet bulk train; do \
 		$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes -r locks/$$lock.txt || exit 1; done
 
 .PHONY: clean

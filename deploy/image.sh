@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds one of the Dockerfile's images: deploy/image.sh TARGET [more arguments of the engine's build].
-# TARGET is serve, serve-gpu or train; the image is convoy:cpu, convoy:gpu or convoy:train.
+# TARGET is serve, serve-gpu or train; the image is convoy:cpu, convoy:gpu or convoy:train. bulk is serve
+# with Ray, for `convoy bulk`: convoy:bulk.
 #
 # ENGINE is docker, podman or buildah; the default is the first that is installed. Packages come from
 # where pip has them from here (its files and PIP_* variables), and a proxy's certificate is taken
@@ -14,6 +15,10 @@ engine=${ENGINE:-$(basename "$(command -v docker || command -v podman || command
 case $target in
 serve) tag=cpu ;;
 serve-gpu) tag=gpu ;;
+bulk)
+    target=serve tag=bulk
+    set -- --build-arg 'SERVE_LOCKS=-r cpu.txt -r bulk.txt' "$@"
+    ;;
 *) tag=$target ;;
 esac
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

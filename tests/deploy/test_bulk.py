@@ -3,10 +3,12 @@ tests/integration/test_bulk.py has what each machine does.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,8 @@ from service import images
 from service.errors import ConvoyError
 from service.model import Model
 from tests.conftest import REPOSITORY, TIMEOUT_S, convoy, environment
+from tests.deploy.conftest import DEPLOY, found
+from tests.deploy.test_balancing import free_ports
 from tests.integration.models import digits, flip_a_byte
 from tests.integration.pictures import encode
 from tests.unit.versions import write
@@ -57,12 +61,12 @@ def cluster() -> Iterator[Any]:
             cluster.shutdown()  # type: ignore[no-untyped-call]  # it has no types
 
 
-def make(folder: Path) -> list[bytes]:
+def make(folder: Path, count: int = IMAGES) -> list[bytes]:
     """Small images that all differ, of which three are broken; their bytes in the order of the paths."""
     random = np.random.default_rng(0)
     known = digits().pixels.repeat(3, 1).repeat(3, 2).astype(np.int16)
     files = []
-    for number in range(IMAGES):
+    for number in range(count):
         noise = random.integers(-60, 60, known.shape[1:], np.int16)
         pixels = (known[number % len(known)] + noise).clip(0, 255).astype(np.uint8)
         data = encode(pixels, compress_level=1)
@@ -148,6 +152,46 @@ def test_each_image_is_answered_once_though_the_driver_and_a_node_are_killed(
     other = convoy("bulk", folder, to, *flags, "--probabilities")
     assert other.returncode == 1
     assert "was begun with probabilities False, not True: go on with these" in other.stderr
+
+
+def test_the_pods_of_a_job_are_a_cluster(tmp_path: Path) -> None:
+    """The script of deploy/kubernetes/overlays/bulk, in process namespaces in place of pods."""
+    if os.geteuid() != 0:
+        pytest.skip("namespaces of processes need root")
+    make(tmp_path / "in", count=100)
+    script = DEPLOY / "kubernetes" / "overlays" / "bulk" / "bulk.sh"
+    [port] = free_ports(1)
+    command: list[str | Path] = [
+        *(found("unshare", "the package util-linux"), "--pid", "--fork", "--mount-proc"),
+        *("--kill-child", "sh", script, tmp_path / "in", tmp_path / "out"),
+        *("--models", REPOSITORY / "models", "--model=digits", "--actors=1", "--json"),
+    ]
+    given = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",
+        "HEAD": f"127.0.0.1:{port}",
+        "IP": "127.0.0.1",
+        "OBJECT_STORE": str(100 << 20),
+    }
+    with ExitStack() as held:
+        pods = []
+        # All answers are the second's, as the first lends no core.
+        for index, cores in (("0", "0"), ("1", "1")):
+            log = held.enter_context((tmp_path / index).open("wb"))
+            pod = subprocess.Popen(
+                command,
+                env=environment(**given, INDEX=index, CORES=cores),
+                stderr=log,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            held.enter_context(pod)
+            held.callback(pod.kill)
+            pods.append(pod)
+        out, _ = pods[0].communicate(timeout=8 * TIMEOUT_S)
+        assert pods[0].returncode == 0, (tmp_path / "0").read_text()
+    assert json.loads(out)["count"] == 100
 
 
 def test_actors_are_as_many_as_there_is_room_for() -> None:

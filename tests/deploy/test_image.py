@@ -1,8 +1,8 @@
 """The images: built by buildah, run by podman as production would, and held to what the Dockerfile says.
 
 A Debian of the same Python stands in for the public image, which not every machine can fetch; with
-PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm it is that one. The train image, of 2.6 GB, is
-built and run by `make image-test TRAIN=1` alone.
+PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm it is that one. Images of gigabytes (train, bulk)
+are built and run by `make image-test LARGE=1` alone.
 """
 
 import json
@@ -142,10 +142,18 @@ def serve(base: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def train(base: list[str]) -> str:
-    if not os.environ.get("TRAIN"):
-        pytest.skip("TensorFlow makes it large: make image-test TRAIN=1")
+    if not os.environ.get("LARGE"):
+        pytest.skip("TensorFlow makes it large: make image-test LARGE=1")
     build("train", base)
     return "convoy:train"
+
+
+@pytest.fixture(scope="module")
+def bulk(base: list[str]) -> str:
+    if not os.environ.get("LARGE"):
+        pytest.skip("Ray makes it large: make image-test LARGE=1")
+    build("bulk", base)
+    return "convoy:bulk"
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +425,33 @@ def test_training_publishes_where_models_are_mounted(train: str, tmp_path: Path)
         assert container.wait() == 0, container.log
     assert (models / "digits" / "1" / "manifest.json").is_file()
     assert config(train)["Cmd"] == ["train"]
+
+
+def test_stored_images_are_classified_as_kubernetes_has_it(
+    bulk: str, digits: Golden, tmp_path: Path
+) -> None:
+    """What a pod of overlay bulk runs, with what it may write to."""
+    images, answers = tmp_path / "images", tmp_path / "answers"
+    images.mkdir()
+    answers.mkdir()
+    for number, pixels in enumerate(digits.pixels):
+        Image.fromarray(pixels[..., 0]).save(images / f"{number}.png")
+    os.chown(answers, 10001, 10001)
+    tmp_path.chmod(0o755)
+    [port] = free_ports(1)
+    script = REPOSITORY / "deploy" / "kubernetes" / "overlays" / "bulk" / "bulk.sh"
+    given = {"INDEX": "0", "IP": "127.0.0.1", "HEAD": f"127.0.0.1:{port}", "HOME": "/tmp"}
+    options = (
+        *(f"--env={name}={value}" for name, value in given.items()),
+        *(f"--volume={images}:/data:ro", f"--volume={answers}:/answers"),
+        *("--tmpfs=/tmp", "--shm-size=300m", "--memory=4g", "--pids-limit=4000"),
+        *(f"--volume={script}:/bulk/bulk.sh:ro", "--entrypoint=sh"),
+    )
+    words = ("/bulk/bulk.sh", "/data", "/answers", "--model=digits", "--models=/models")
+    with Container(bulk, *words, options=options) as container:
+        assert container.wait() == 0, container.log
+    summary = json.loads((answers / "_job" / "summary.json").read_text())
+    assert (summary["count"], summary["errors"]) == (len(digits.pixels), 0)
 
 
 def test_the_gpu_image_builds_up_to_its_packages(base: list[str]) -> None:

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from convoy import client
 from convoy.__main__ import app
+from convoy.bulk.settings import BulkSettings
 from service import metrics, policy
 from service.settings import Settings
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment
@@ -299,7 +300,7 @@ def test_ports_go_by_names_that_containers_give(built: dict[str, list[Manifest]]
         assert asked <= ports
 
 
-@pytest.mark.parametrize("kind", ["serve", "train"])
+@pytest.mark.parametrize("kind", ["serve", "train", "bulk"])
 def test_commands_and_variables_are_what_the_command_line_takes(
     kind: str, built: dict[str, list[Manifest]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +312,8 @@ def test_commands_and_variables_are_what_the_command_line_takes(
                 words = [*container.get("command", []), *container.get("args", [])]
                 if words[:2] == ["sh", "/retrain/retrain.sh"]:
                     words[:2] = ["convoy", "train", "--retrain"]
+                if words[:2] == ["sh", "/bulk/bulk.sh"]:
+                    words[:2] = ["convoy", "bulk"]
                 if words[:2] != ["convoy", kind]:
                     continue
                 seen += 1
@@ -327,10 +330,16 @@ def test_commands_and_variables_are_what_the_command_line_takes(
                 [settings] = [
                     each
                     for each in bound.arguments.values()
-                    if isinstance(each, Settings | TrainingSettings)
+                    if isinstance(each, Settings | TrainingSettings | BulkSettings)
                 ]
                 if isinstance(settings, Settings):
                     _check_served(what, settings, spec)
+                elif isinstance(settings, BulkSettings):
+                    assert settings.models == Path("/models"), what
+                    assert bound.arguments["to"].startswith("/training/"), what
+                    [job] = [m["spec"] for m in manifests if m["kind"] == "Job"]
+                    cores = int(container["resources"]["limits"]["cpu"])
+                    assert settings.actors == job["completions"] * cores, what
                 else:
                     # Nothing else outlasts the pod, and the root file system can't be written to.
                     assert settings.models == Path("/models"), what
@@ -367,7 +376,7 @@ def _check_served(what: str, settings: Settings, spec: Manifest) -> None:
     assert probes["startup"]["failureThreshold"] * probes["startup"]["periodSeconds"] >= 600, what
 
 
-OUR_TAGS = {"cpu", "gpu", "train", "next"}
+OUR_TAGS = {"cpu", "gpu", "train", "bulk", "next"}
 PROBES = {
     "startup": "convoy.v1.ImageClassifier",
     "readiness": "convoy.v1.ImageClassifier",
@@ -457,8 +466,11 @@ def test_a_pod_without_a_card_that_works_serves_nothing(built: dict[str, list[Ma
     assert "cuda" in done.stderr
 
 
-def test_machines_that_train_together_find_each_other(built: dict[str, list[Manifest]]) -> None:
-    manifests = built["train-distributed"]
+@pytest.mark.parametrize("overlay", ["train-distributed", "bulk"])
+def test_machines_that_work_together_find_each_other(
+    overlay: str, built: dict[str, list[Manifest]]
+) -> None:
+    manifests = built[overlay]
     [(_, job)] = every({"": manifests}, "Job")
     [(_, service)] = every({"": manifests}, "Service")
     spec, name = job["spec"], job["metadata"]["name"]
@@ -469,11 +481,16 @@ def test_machines_that_train_together_find_each_other(built: dict[str, list[Mani
     assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"]
     [container] = spec["template"]["spec"]["containers"]
     names = [each["name"] for each in container["env"]]
+    given = variables(container, manifests)
+    domain = service["metadata"]["name"]
+    if overlay == "bulk":
+        assert "INDEX" in names
+        assert given["HEAD"] == f"{name}-0.{domain}:{service['spec']['ports'][0]['port']}"
+        return
     # Kubernetes puts in what stands before.
     assert names.index("INDEX") < names.index("TF_CONFIG")
-    text = variables(container, manifests)["TF_CONFIG"]
+    text = given["TF_CONFIG"]
     [port] = [each["containerPort"] for each in container["ports"]]
-    domain = service["metadata"]["name"]
     for index in range(spec["completions"]):
         config = json.loads(text.replace("$(INDEX)", str(index)))
         assert config["task"] == {"type": "worker", "index": index}
@@ -625,6 +642,12 @@ def test_compose_names_what_is_there() -> None:
     [names] = scrape["dns_sd_configs"]
     assert names["names"] == ["convoy"]
     assert names["port"] == Settings.metrics_port
+    [manager] = prometheus["alerting"]["alertmanagers"][0]["static_configs"]
+    [(name, _, port)] = [target.partition(":") for target in manager["targets"]]
+    assert services[name]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    [flag] = [each for each in services[name]["command"] if "--config.file" in each]
+    [mounted] = [v.split(":") for v in services[name]["volumes"] if v.startswith("./")]
+    assert (DEPLOY / mounted[0] / Path(flag.partition("=")[2]).relative_to(mounted[1])).exists()
     provisioning = DEPLOY / "grafana" / "provisioning"
     sources = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text("utf-8"))
     assert sources["datasources"][0]["url"] == "http://prometheus:9090"

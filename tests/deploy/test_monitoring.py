@@ -5,6 +5,8 @@ Prometheus, that watches a real server to which much happens.
 import http.server
 import json
 import math
+import os
+import queue
 import re
 import subprocess
 import threading
@@ -58,7 +60,9 @@ RULES = DEPLOY / "prometheus" / "convoy.rules.yaml"
 TESTS = DEPLOY / "prometheus" / "convoy.test.yaml"
 CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
 BOARD = DEPLOY / "grafana" / "dashboards" / "convoy.json"
+RETRAIN = DEPLOY / "retrain"
 PACKAGE = "the package prometheus of Debian"
+ALERTMANAGER = "the package prometheus-alertmanager of Debian"
 
 # Panels that may be empty on the real Prometheus, and why.
 EMPTY = dict.fromkeys(
@@ -115,6 +119,14 @@ def panels() -> list[dict[str, Any]]:
 )  # fmt: skip
 def test_promtool_passes(arguments: tuple[str | Path, ...]) -> None:
     command = [found("promtool", PACKAGE), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=8 * TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("folder", ["alertmanager", "retrain"])
+def test_amtool_passes(folder: str) -> None:
+    [file] = (DEPLOY / folder).glob("alertmanager.*")
+    command: list[str | Path] = [found("amtool", ALERTMANAGER), "check-config", file]
     done = subprocess.run(command, capture_output=True, text=True, timeout=8 * TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -225,9 +237,12 @@ class Prometheus:
             }
             for target, path in targets.items()
         ]
+        port, self.alertmanager_port = free_ports(2)
+        [manager] = config["alerting"]["alertmanagers"][0]["static_configs"]
+        assert manager["targets"] == ["alertmanager:9093"]
+        manager["targets"] = [f"127.0.0.1:{self.alertmanager_port}"]
         file = folder / "prometheus.yml"
         file.write_text(yaml.safe_dump(config))
-        [port] = free_ports(1)
         self._url = f"http://127.0.0.1:{port}"
         self._log = folder / "log"
         with self._log.open("wb") as log:
@@ -237,7 +252,9 @@ class Prometheus:
                     f"--config.file={file}",
                     f"--storage.tsdb.path={folder / 'data'}",
                     f"--web.listen-address=127.0.0.1:{port}",
-                    "--log.level=warn",
+                    "--rules.alert.resend-delay=1s",
+                    # That nobody listens to its alerts for most of the time.
+                    "--log.level=error",
                 ],
                 stdout=log,
                 stderr=log,
@@ -430,3 +447,79 @@ def test_alerts_fire_by_what_happens(prometheus: Prometheus) -> None:
     firing = prometheus.firing()
     assert firing >= FIRING
     assert not firing & SILENT
+
+
+class _Hook(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        assert isinstance(self.server, Hooks)
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+        self.server.called.put((self.path, payload))
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nobody reads it."""
+
+
+class Hooks(http.server.ThreadingHTTPServer):
+    """In place of https://github.com/adnanh/webhook: keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.called: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+        super().__init__(("127.0.0.1", 0), _Hook)
+
+
+def test_a_drift_that_fires_starts_the_retrain_job(prometheus: Prometheus, tmp_path: Path) -> None:
+    config = read(RETRAIN / "alertmanager.yaml")
+    [route] = config["route"]["routes"]
+    route["group_wait"] = "1s"
+    [_, receiver] = config["receivers"]
+    [webhook] = receiver["webhook_configs"]
+    asked = urllib.parse.urlsplit(webhook["url"])
+    file = tmp_path / "alertmanager.yml"
+    with ExitStack() as held:
+        hooks = held.enter_context(Hooks())
+        held.callback(hooks.shutdown)
+        threading.Thread(target=hooks.serve_forever, daemon=True).start()
+        webhook["url"] = f"http://127.0.0.1:{hooks.server_address[1]}{asked.path}"
+        file.write_text(yaml.safe_dump(config))
+        command = [
+            found("prometheus-alertmanager", ALERTMANAGER),
+            f"--config.file={file}",
+            f"--storage.path={tmp_path / 'data'}",
+            f"--web.listen-address=127.0.0.1:{prometheus.alertmanager_port}",
+            "--cluster.listen-address=",
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        held.callback(process.wait, TIMEOUT_S)
+        held.callback(process.terminate)
+        path, payload = hooks.called.get(timeout=4 * TIMEOUT_S)
+    # What webhook makes of that, by hooks.yaml.
+    [hook] = read(RETRAIN / "hooks.yaml")
+    assert asked.port == 9000
+    assert path == f"/hooks/{hook['id']}"
+    rule = hook["trigger-rule"]["match"]
+    assert payload[rule["parameter"]["name"]] == rule["value"]
+    [argument] = hook["pass-arguments-to-command"]
+    model: Any = payload
+    for name in argument["name"].split("."):
+        model = model[name]
+    assert model == "digits"
+    assert {alert["labels"]["alertname"] for alert in payload["alerts"]} == {"ConvoyDrift"}
+
+    program = tmp_path / "convoy"
+    program.write_text('#!/bin/sh\necho "$@"\n', encoding="ascii")
+    program.chmod(0o755)
+
+    def retrain(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", RETRAIN / Path(hook["execute-command"]).name, name],
+            capture_output=True,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+
+    assert retrain(model).stdout.startswith("train --retrain --base models/digits ")
+    # It comes from outside.
+    assert retrain("../x; id").returncode == 2
