@@ -136,7 +136,7 @@ def _cut(words: str) -> str:
     return data[:_MAX_WORDS_BYTES].decode(errors="ignore") + " ..."
 
 
-def _trailers(error: Exception) -> tuple[tuple[str, str], ...]:
+def trailers_of(error: Exception) -> tuple[tuple[str, str], ...]:
     """The pushback of gRPC's retries: https://github.com/grpc/proposal/blob/master/A6-client-retries.md."""
     if not isinstance(error, errors.Overloaded):
         return ()
@@ -268,7 +268,7 @@ class Front:
                 self.metrics.finished(exchange.method.rpartition("/")[2], "", code.name, 0.0)
                 if trace := self.trace(exchange, time.monotonic()):
                     trace.end_rpc(code.name, "")
-                exchange.refuse(code.value[0], str(error), _trailers(error))
+                exchange.refuse(code.value[0], str(error), trailers_of(error))
                 return
         self._calls += 1
         exchange.accept()
@@ -449,7 +449,7 @@ class _Unary(Call):
             code = _ending(self)
         elif isinstance(outcome, Exception):
             code, words = status_of(outcome)
-            exchange.end(code.value[0], words, _trailers(outcome))
+            exchange.end(code.value[0], words, trailers_of(outcome))
         else:
             code = Code.OK
             exchange.end(0, message=_serialised(outcome))
@@ -588,7 +588,7 @@ class _Stream:
         else:
             code, words = status_of(outcome)
             if route.refusal is None:
-                answer.ending = (code.value[0], words, _trailers(outcome))
+                answer.ending = (code.value[0], words, trailers_of(outcome))
                 self._over = True
             else:
                 data = route.refusal(request, code, words).SerializeToString()

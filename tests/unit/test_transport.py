@@ -358,16 +358,18 @@ def test_answers_come_as_there_is_something_to_tell_until_the_caller_leaves(
 
     def answer(exchange: Exchange) -> None:
         life.follow(exchange)
-        exchange.read(lambda message: exchange.write(message or b"", False, lambda: None))
+        exchange.read(lambda message: exchange.write(message or b"", False, written))
 
+    written = partial(life.hear, "written")
     watch: Any = channel.unary_stream(server.serve(answer))
     call = watch(b"first", timeout=TIMEOUT_S)
     assert next(call) == b"first"
+    life.expect("begun", "written")
     for told in (b"second", b"third"):
-        written = partial(life.hear, "written")
         server.loop.post(partial(life.exchange.write, told, False, written), life.exchange)
         assert next(call) == told
-    life.expect("begun", "written", "written")
+        # The caller may have it before the loop hears that it has gone.
+        life.expect("written")
     call.cancel()
     life.expect("gone", "closed")
     life.expect_no_more()
@@ -393,7 +395,8 @@ def test_the_deadline_is_known(
 
 def test_a_deadline_ends_the_call_for_both_sides(server: Server, channel: grpc.Channel) -> None:
     life = Life()
-    call = unary(channel, server.serve(life.follow)).future(b"", timeout=0.1)
+    # So long that it gets there, whatever else keeps this machine.
+    call = unary(channel, server.serve(life.follow)).future(b"", timeout=1)
     assert call.code() is Code.DEADLINE_EXCEEDED
     life.expect("begun", "gone", "closed")
     assert life.exchange.gone
@@ -409,7 +412,7 @@ def test_a_deadline_ends_the_call_for_the_caller_while_the_loop_is_busy(
         life.follow(exchange)
         assert go_on.wait(TIMEOUT_S)
 
-    call = unary(channel, server.serve(busy)).future(b"", timeout=0.1)
+    call = unary(channel, server.serve(busy)).future(b"", timeout=1)
     assert call.code() is Code.DEADLINE_EXCEEDED
     assert not go_on.is_set()
     go_on.set()
@@ -619,8 +622,16 @@ def test_other_threads_answer_at_once_though_nothing_else_happens(
 
     ask = unary(channel, server.serve(aside))
     began = time.monotonic()
-    for _ in range(100):
+    for _ in range(300):
         assert ask(b"x", timeout=TIMEOUT_S) == b"x"
+    # If each were only found when the loop wakes by itself, these would take 30 s.
+    assert time.monotonic() - began < 15
+
+
+def test_what_is_posted_for_no_call_is_done_at_once(server: Server) -> None:
+    began = time.monotonic()
+    for _ in range(100):
+        in_turn(server)
     # If each were only found when the loop wakes by itself, these would take 10 s.
     assert time.monotonic() - began < 5
 
@@ -1057,7 +1068,7 @@ def test_calls_that_came_during_a_batch_are_taken_for_as_old_as_it_was_long() ->
     with Server(CoreServer) as server, contextlib.ExitStack() as stack:
         left: queue.SimpleQueue[float] = queue.SimpleQueue()
         running, sent = threading.Event(), threading.Event()
-        wanted, batch_s = [True], 0.4
+        wanted, batch_s = [True], 1.0
 
         def step() -> None:
             wanted.clear()
@@ -1077,10 +1088,15 @@ def test_calls_that_came_during_a_batch_are_taken_for_as_old_as_it_was_long() ->
         calls: list[Any] = [
             stack.enter_context(server.channel()).unary_unary(path) for _ in range(5)
         ]
-        for call in calls:
+
+        def left_of(call: Any) -> float:
             with pytest.raises(grpc.RpcError):
                 call(b"", timeout=10)
-            assert left.get() == pytest.approx(10, abs=0.2)
+            return left.get()
+
+        # What is on its way for long is old too: the youngest of many is not.
+        for call in calls:
+            assert max(left_of(call) for _ in range(20)) == pytest.approx(10, abs=0.2)
         server.loop.step = step
         server.loop.waiting = lambda: bool(wanted)
         assert running.wait(TIMEOUT_S)
@@ -1091,8 +1107,4 @@ def test_calls_that_came_during_a_batch_are_taken_for_as_old_as_it_was_long() ->
         for _ in futures:
             assert left.get() < 10 - batch_s
         # When that has been taken in, calls are as young as ever.
-        for _ in range(100):
-            with pytest.raises(grpc.RpcError):
-                calls[0](b"", timeout=10)
-            last = left.get()
-        assert last == pytest.approx(10, abs=0.2)
+        assert max(left_of(calls[0]) for _ in range(100)) == pytest.approx(10, abs=0.2)
