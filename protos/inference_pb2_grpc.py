@@ -151,9 +151,10 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ModelStreamInfer(self, request_iterator, context):
-        """Many requests over one call, answered in the order in which they are finished: tell them by their
-        `id`. What goes wrong with one is in the `error_message` of its answer, and the stream goes on;
-        unless the call has the metadata `triton_grpc_error: true`: then it ends the call, with a status.
+        """Many requests over one call, worked on side by side, each answered once, in their order. What goes
+        wrong with one is in the `error_message` of its answer, and the stream goes on; unless the call has
+        the metadata `triton_grpc_error: true`: then it ends the call, with a status, after the answers
+        before it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import grpc
@@ -414,7 +415,8 @@ class InferenceRpc:
         }
         for key, value in told.items():
             config.parameters[key].string_value = value
-        found = await served.aside(functools.partial(_policy, self._repository, served.name))
+        models, versions = self._repository.folder, self._repository.versions(served.name)
+        found = await served.aside(functools.partial(version_policy, models, served.name, versions))
         if found is not None:
             config.version_policy.CopyFrom(found)
         return pb.ModelConfigResponse(config=config)
@@ -612,17 +614,19 @@ def _place(name: str, parameters: _Parameters) -> _Place | None:
     return _Place(parameters[region].string_param, offset, _integer(parameters, size))
 
 
-def _policy(repository: Repository, name: str) -> pb.ModelVersionPolicy | None:
-    """The model's versions.toml in Triton's words; None where it can't be read."""
+def version_policy(models: Path, name: str, served: Sequence[int]) -> pb.ModelVersionPolicy | None:
+    """The model's versions.toml in Triton's words, which may name those that are `served`; None where
+    it can't be read.
+    """
     try:
-        found = policy.read(repository.folder / name)
+        found = policy.read(models / name)
     except ConvoyError:
         return None
     if found.newest and not found.labels:
         return pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=found.newest))
     # The newest beside those with labels: of this Triton has no word but which these are.
-    served = repository.versions(name) if found.newest else sorted(found.named)
-    return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=served))
+    versions = served if found.newest else sorted(found.named)
+    return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=versions))
 
 
 def _read_parameters(request: pb.ModelInferRequest, call: Call) -> tuple[int, bool]:

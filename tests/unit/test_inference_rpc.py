@@ -1,12 +1,14 @@
 """The Open Inference Protocol's answers, byte by byte."""
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 
 from service.bundle import Probabilities
-from service.inference_rpc import classified
+from service.inference_rpc import classified, version_policy
 
 
 def printed_by_c(value: float) -> str:
@@ -39,3 +41,24 @@ def test_equal_classes_keep_their_order() -> None:
     assert classified(outputs, list("abcd"), 4) == [
         b"0.500000:1:b", b"0.500000:3:d", b"0.250000:0:a", b"0.250000:2:c",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "latest { num_versions: 1 }"),
+        ("serve = 3", "latest { num_versions: 3 }"),
+        ("serve = [5, 2]", "specific { versions: 2 versions: 5 }"),
+        ("serve = [5]\n[labels]\nold = 1", "specific { versions: 1 versions: 5 }"),
+        ("serve = []", "specific { }"),
+        ("[labels]\nstable = 4", "specific { versions: 4 versions: 7 }"),
+        ("serve = 'all'", None),
+    ],
+)
+def test_which_versions_are_served_in_tritons_words(
+    tmp_path: Path, text: str, expected: str | None
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "versions.toml").write_text(text)
+    found = version_policy(tmp_path, "m", [4, 7])
+    assert (found and text_format.MessageToString(found, as_one_line=True).strip()) == expected
