@@ -194,6 +194,35 @@ def test_whether_something_waits_is_known_and_nothing_is_run_where_nothing_does(
     assert len(bench.told) == 1
 
 
+def test_who_waits_is_counted_until_all_of_it_is_on_the_device() -> None:
+    bench = Bench()
+    bench.send(1)
+    ticket = bench.send(2)
+    bench.send(*range(100, 106))
+    queued = [bench.batcher.queued()]
+    ticket.cancel()
+    queued.append(bench.batcher.queued())
+    bench.device.during = lambda: queued.append(bench.batcher.queued())
+    assert bench.run() == [[1, 100, 101, 102], [103, 104, 105]]
+    assert queued == [3, 2, 1, 0]
+
+
+def test_a_batch_tells_what_took_time_before_and_after_the_run() -> None:
+    bench = Bench(lambda size: 2.0)
+    bench.send(1)
+    bench.send(2)
+    bench.clock.script = [
+        0,
+        5,
+        0,
+        3,
+    ]  # at taking, just before the run, after it, when all is shared out
+    bench.run()
+    (batch,) = bench.told
+    assert (batch.gather_s, batch.run_s, batch.split_s) == (5, 2, 3)
+    assert bench.heard.answer(1)[1:3] == (5, 2)
+
+
 def test_those_who_wait_go_before_the_rest_of_a_large_request() -> None:
     bench = Bench()
     bench.send(*range(100, 116))
