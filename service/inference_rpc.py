@@ -142,6 +142,10 @@ class InferenceRpc:
                 pb.SystemSharedMemoryUnregisterRequest,
                 self.system_shared_memory_unregister,
             ),
+            "CudaSharedMemoryUnregister": (
+                pb.CudaSharedMemoryUnregisterRequest,
+                self.cuda_shared_memory_unregister,
+            ),
         }
         for name, (kind, handler) in calls.items():
             front.unary(f"/{SERVICE}/{name}", kind, handler, always=True)
@@ -460,6 +464,13 @@ class InferenceRpc:
     ) -> pb.SystemSharedMemoryUnregisterResponse:
         self._shared().unregister(request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
+
+    async def cuda_shared_memory_unregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest, call: Call
+    ) -> pb.CudaSharedMemoryUnregisterResponse:
+        # There never is any.
+        self._shared()
+        return pb.CudaSharedMemoryUnregisterResponse()
 
     def _shared(self) -> SharedMemory:
         if self._memory is None:

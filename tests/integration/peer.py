@@ -134,6 +134,9 @@ def shared(target: str, folder: Path) -> dict[str, Any]:
     output.set_shared_memory("back", classes)
     try:
         with triton.InferenceServerClient(target) as client:
+            # So they begin.
+            client.unregister_system_shared_memory()
+            client.unregister_cuda_shared_memory()
             shm.set_shared_memory_region(source, [pixels], offset=64)
             client.register_system_shared_memory("there", there, 64 + pixels.nbytes)
             client.register_system_shared_memory("back", back, classes)

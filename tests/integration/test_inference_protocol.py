@@ -195,6 +195,7 @@ def test_reflection_lists_and_describes_the_services(channel: grpc.Channel) -> N
         "ModelStreamInfer", "ModelConfig", "ModelStatistics",
         "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload",
         "SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister",
+        "CudaSharedMemoryUnregister",
     ]  # fmt: skip
     assert calls_of(pool, "convoy.v1.ModelControl") == ["Promote", "Rollback", "Pin"]
 
