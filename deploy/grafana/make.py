@@ -12,7 +12,7 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 SHORT = {
     "@job": 'job=~"$job"',
     "@model": 'job=~"$job", model=~"$model"',
-    "@work": 'call=~"Classify|ClassifyStream|ModelInfer"',
+    "@work": 'call=~"Classify|ClassifyStream|ModelInfer|ModelStreamInfer"',
     "@rate": "[$__rate_interval]",
 }
 
