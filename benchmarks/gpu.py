@@ -268,7 +268,7 @@ class Bench:
             (folder / served).symlink_to(CACHE / "models" / served)
         command = ["timeout", "--foreground", "-k", "5", str(_LONGEST_S), *load.CONVOY]
         command += ["serve", "--models", str(folder), "--host", "127.0.0.1"]
-        command += ["--port", "0", "--metrics-port", "0", "--shutdown-delay-s", "0"]
+        command += ["--port", "0", "--metrics-port", "0", "--no-http", "--shutdown-delay-s", "0"]
         command += ["--device", self.device, *arguments]
         server = load.Running(command, r"ready in .* gRPC on \S+:(\d+),", core="")
         try:

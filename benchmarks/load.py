@@ -170,7 +170,7 @@ def convoy(*arguments: str, core: str = SERVER) -> Running:
     """The service; `NAME=value` before its arguments are for its environment."""
     command = [*CONVOY, "serve", "--models", str(CACHE / "models"), "--host", "127.0.0.1"]
     variables = [each for each in arguments if not each.startswith("-") and "=" in each]
-    command += ["--port", "0", "--metrics-port", "0", "--shutdown-delay-s", "0"]
+    command += ["--port", "0", "--metrics-port", "0", "--no-http", "--shutdown-delay-s", "0"]
     command += [each for each in arguments if each not in variables]
     return Running(["env", *variables, *command], r"ready in .* gRPC on \S+:(\d+),", core)
 

@@ -30,7 +30,7 @@ def python() -> float:
 def ready() -> float:
     """From the start of `convoy serve` to its line that it is ready, with the shipped model."""
     began = time.monotonic()
-    command = [CONVOY, "serve", "--port", "0", "--metrics-port", "0"]
+    command = [CONVOY, "serve", "--port", "0", "--metrics-port", "0", "--http-port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = next((each for each in process.stderr if "ready in" in each), "")

@@ -550,7 +550,7 @@ class Server:
         self.log = log
         self._count = {"acceptor": acceptors, "engine": engines}
         command = [sys.executable, "-m", "convoy", "serve", "--models", str(models)]
-        command += ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
+        command += ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--no-http"]
         command += ["--shutdown-delay-s", "0", "--max-in-flight", "200"]
         command += ["--acceptors", str(acceptors), "--engines", str(engines)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

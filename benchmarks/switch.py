@@ -187,7 +187,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     models = folder / "models"
     shutil.copytree(ROOT / "models" / options.model / "1", models / options.model / "1")
     command = [*CONVOY, "serve", "--models", str(models), "--host", "127.0.0.1", "--port", "0"]
-    command += ["--metrics-port", "0", "--shutdown-delay-s", "0", "--watch-s", str(options.watch)]
+    command += ["--metrics-port", "0", "--no-http", "--shutdown-delay-s", "0"]
+    command += ["--watch-s", str(options.watch)]
     command += ["--allow-repository-control", *options.server.split()]
     server = Server(command, options.server_cores)
     target = f"127.0.0.1:{server.port}"

@@ -96,7 +96,7 @@ def write_images(test: Split, folder: Path) -> list[Path]:
 def server(models: Path) -> Iterator[tuple[str, str]]:
     """A running `convoy serve` on free ports: its gRPC address and the URL of its metrics."""
     command = [*CONVOY, "serve", "--models", models, "--host", "127.0.0.1"]
-    command += ["--port", "0", "--metrics-port", "0", "--shutdown-delay-s", "0"]
+    command += ["--port", "0", "--metrics-port", "0", "--no-http", "--shutdown-delay-s", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None

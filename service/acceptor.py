@@ -26,6 +26,7 @@ from service.settings import Settings
 from service.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
+    from service.rest import Rest
     from service.tracing import Tracing
 
 log = logging.getLogger("convoy.acceptor")
@@ -35,6 +36,11 @@ _TRACES_S = 3.0
 
 # Batches this short run between two calls, on one core; longer ones would keep callers waiting.
 _SHORT_S = 0.05
+
+HTTP_FLAG = "--http-port (--no-http: none)"
+
+# How long answers over HTTP may take on their way, when the time for draining is over.
+_LAST_S = 0.2
 
 
 def is_short(served: Served) -> bool:
@@ -64,6 +70,8 @@ class Acceptor:
         if the settings allow that. `memory` is what callers share, if they may.
         """
         self._settings, self._repository, self._one_core = settings, repository, one_core
+        self._shared_port = shared_port
+        self._rest: Rest | None = None
         self._metrics, self._on_ready = metrics, on_ready
         max_bytes = int(settings.max_request_mb * 1e6)
         self._loop = transport.server(
@@ -136,6 +144,19 @@ class Acceptor:
                 reason += "; or --tls-certificate and --tls-key are no PEM files that fit together"
             raise no_port(settings.host, port, "--port", reason) from None
 
+    def bind_http(self, port: int) -> int:
+        """The port it listens on for HTTP. Raises ConvoyError where it can't."""
+        from service.rest import Rest  # a tenth of a second, for who wants it
+
+        host, rest = self._settings.host, Rest(self._settings, self._loop)
+        try:
+            bound = rest.web.bind(host, port, self._shared_port)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise no_port(host, port, HTTP_FLAG, reason) from error
+        self._rest = rest
+        return bound
+
     def run(self) -> None:
         """Serves until it was stopped and has drained."""
         self._loop.waiting, self._loop.step = self._waiting, self._run_batches
@@ -143,8 +164,12 @@ class Acceptor:
         # What is there now stays: the collector need not look through it again and again.
         gc.collect()
         gc.freeze()
+        if self._rest:
+            self._rest.web.start()
         with keeping(self._settings, self._repository.observers, self._metrics):
             self._loop.run()
+        if self._rest:
+            self._rest.web.close(max(_LAST_S, self._ends - time.monotonic()))
         if self._tracing is not None:
             self._tracing.close(min(_TRACES_S, max(0.0, self._ends - time.monotonic())))
         log.info("stopped")
@@ -210,6 +235,8 @@ class Acceptor:
         log.info("draining, for at most %g s", grace_s)
         self._ends = time.monotonic() + grace_s
         self._loop.at(self._ends, self._cut_off)
+        if self._rest:
+            self._rest.web.drain()
         self._front.drain(self._end)
 
     def _cut_off(self) -> None:

@@ -79,11 +79,15 @@ def _serve(settings: Settings, store: "Store | None" = None) -> int:
         http.server_close()
 
 
-def _tell_ready(settings: Settings, models: str, port: int, http_port: int) -> None:
+def _tell_ready(
+    settings: Settings, models: str, port: int, metrics_port: int, http_port: int | None
+) -> None:
     host = bracketed(settings.host)
+    scheme = "https" if settings.tls_certificate else "http"
+    http = "" if http_port is None else f"HTTP on {scheme}://{host}:{http_port}, "
     log.info(
-        "ready in %.2f s: %s; gRPC on %s:%d, metrics on http://%s:%d/metrics",
-        _process_age_s(), models, host, port, host, http_port,
+        "ready in %.2f s: %s; %sgRPC on %s:%d, metrics on http://%s:%d/metrics",
+        _process_age_s(), models, http, host, port, host, metrics_port,
     )  # fmt: skip
 
 
@@ -99,7 +103,7 @@ class _Alone:
         self._director: Director | None = None
         self.snapshot = self._metrics.snapshot
 
-    def run(self, http_port: int) -> int:
+    def run(self, metrics_port: int) -> int:
         settings, cores = self._settings, usable_cores()
         budget = split(cores, 1, 0, settings.decode_threads, settings.run_threads)
         log.info("%s", budget)
@@ -127,7 +131,7 @@ class _Alone:
             nonlocal told
             if ready and not told:
                 told = True
-                _tell_ready(settings, director.serving(), port, http_port)
+                _tell_ready(settings, director.serving(), port, metrics_port, http_port)
 
         try:
             director.settle(lambda: bool(self._signals))
@@ -145,6 +149,7 @@ class _Alone:
                     memory=SharedMemory(regions) if regions else None,
                 )
                 port = acceptor.bind(settings.port)
+                http_port = acceptor.bind_http(settings.http_port) if settings.http else None
                 self._acceptor = acceptor
                 if self._signals or self._bug:  # one came before there was an acceptor to tell
                     acceptor.stop(0.0)
@@ -191,9 +196,9 @@ class _Several:
         self.snapshot, self.ready = self._supervisor.snapshot, self._supervisor.ready
         self._signals = 0
 
-    def run(self, http_port: int) -> int:
-        def on_ready(models: str, port: int) -> None:
-            _tell_ready(self._settings, models, port, http_port)
+    def run(self, metrics_port: int) -> int:
+        def on_ready(models: str, port: int, http_port: int | None) -> None:
+            _tell_ready(self._settings, models, port, metrics_port, http_port)
 
         return self._supervisor.run(on_ready)
 

@@ -88,6 +88,13 @@ class Settings:
     port: Port = 8001
     """gRPC port; 0 takes a free one."""
 
+    http: bool = True
+    """Answer HTTP, too: the Open Inference Protocol's REST form, and /v1/classify (docs/http.md). With
+    --no-http there is gRPC alone."""
+
+    http_port: Port = 8000
+    """HTTP port; 0 takes a free one."""
+
     metrics_port: Port = 8002
     """HTTP port of /metrics, /healthz and /readyz; 0 takes a free one."""
 
@@ -208,7 +215,8 @@ class Settings:
     rest."""
 
     tls_certificate: Path | None = None
-    """PEM file of the server's certificate chain: gRPC is then served over TLS."""
+    """PEM file of the server's certificate chain: gRPC and HTTP are then served over TLS, the metrics
+    are not."""
 
     tls_key: Path | None = None
     """PEM file of its private key."""

@@ -74,7 +74,11 @@ _COMPRESSION = 1  # of 9: the network is seldom slower
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
 _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
-_STOPPED = (Code.UNAVAILABLE.value[0], "this server is shutting down: retry, another may answer", ())
+_STOPPED = (
+    Code.UNAVAILABLE.value[0],
+    "this server is shutting down: retry, another may answer",
+    (),
+)
 _LATE = (Code.DEADLINE_EXCEEDED.value[0], "the time that the request allowed is over", ())
 
 
@@ -165,7 +169,8 @@ class Request:
     def _too_large(self, size: int) -> Refused:
         most = self._web.max_bytes
         return Refused(
-            413, f"the request has {size / 1e6:.1f} MB, the limit is {most / 1e6:g}: send less at once"
+            413,
+            f"the request has {size / 1e6:.1f} MB, the limit is {most / 1e6:g}: send less at once",
         )
 
     async def body(self) -> bytes:
@@ -383,13 +388,12 @@ class Web:
     def bind(self, host: str, port: int, shared: bool) -> int:
         """The port it listens on. Raises OSError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         self._socket = socket.create_server(
-            (host, port), family=family, reuse_port=shared, backlog=2048
+            (host, port), family=family, reuse_port=shared, backlog=2048, dualstack_ipv6=both
         )
         # What is accepted inherits it.
-        self._socket.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _UNTAKEN_S)
-        )
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _UNTAKEN_S))
         return int(self._socket.getsockname()[1])
 
     def start(self) -> None:
@@ -454,9 +458,7 @@ class Web:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    async def call(
-        self, request: Request, method: str, make: Callable[[bytes], Message]
-    ) -> bytes:
+    async def call(self, request: Request, method: str, make: Callable[[bytes], Message]) -> bytes:
         """The serialised answer to the message that `make` makes of the body. Raises Refused where
         there is none, and what `make` does.
         """

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from service import aside, gpu, shared_memory
-from service.acceptor import Acceptor, is_short, no_port
+from service.acceptor import HTTP_FLAG, Acceptor, is_short, no_port
 from service.aside import Proof
 from service.batcher import Batcher
 from service.bundle import Bundle
@@ -120,6 +120,7 @@ class Orders:
     settings: Settings
     budget: Budget
     port: int = 0
+    http_port: int | None = None
     listener: int = -1
     engines: tuple[str, ...] = ()
     # The folder of the regions that callers have registered; "" where they may not.
@@ -338,6 +339,8 @@ class _Worker:
         self._join(crew)
         self._open.wait()
         acceptor.bind(orders.port)
+        if orders.http_port is not None:
+            acceptor.bind_http(orders.http_port)
         self._stop = acceptor.stop
         acceptor.run()
         repository.close()
@@ -477,9 +480,9 @@ class Supervisor:
             snapshot=self.snapshot,
         )
 
-    def run(self, on_ready: Callable[[str, int], None]) -> int:
+    def run(self, on_ready: Callable[[str, int, int | None], None]) -> int:
         """Until `stop`, and all have ended; the exit status. `on_ready` hears what serves, and the
-        port, when all are ready for the first time.
+        ports of gRPC and HTTP, when all are ready for the first time.
         """
         settings, cores = self._settings, usable_cores()
         acceptors, engines = settings.acceptors, settings.engines
@@ -489,9 +492,15 @@ class Supervisor:
         with (
             tempfile.TemporaryDirectory(prefix="convoy-") as folder,
             shared_memory.folder(settings.allow_shared_memory) as regions,
-            _reserve(settings) as port,
+            _reserve(settings.host, settings.port, "--port") as port,
+            (
+                _reserve(settings.host, settings.http_port, HTTP_FLAG)
+                if settings.http
+                else nullcontext()
+            ) as http,
         ):
             self._port = port.getsockname()[1]
+            self._http_port = http.getsockname()[1] if http else None
             paths = tuple(str(Path(folder) / f"engine-{n}") for n in range(engines))
             listeners = [listen(path) for path in paths]
             for n, listener in enumerate(listeners):
@@ -506,6 +515,7 @@ class Supervisor:
                     here,
                     budget,
                     self._port,
+                    self._http_port,
                     engines=paths,
                     regions=str(regions or ""),
                 )
@@ -586,7 +596,7 @@ class Supervisor:
                 asked.append(member)
         return self._questions, asked
 
-    def _mind(self, on_ready: Callable[[str, int], None]) -> None:
+    def _mind(self, on_ready: Callable[[str, int, int | None], None]) -> None:
         """Waits for something to happen, and sees to it."""
         now = time.monotonic()
         if self._delay_s is not None and self._stopping is None:
@@ -609,7 +619,7 @@ class Supervisor:
                 self._hear(pipes[source])  # type: ignore[index]
         if self._delay_s is None and not self._was_ready and all(m.ready for m in self._members):
             self._was_ready = True
-            on_ready(self._director.serving(), self._port)
+            on_ready(self._director.serving(), self._port, self._http_port)
 
     def _nap(self, now: float) -> float:
         due = [self._ask_at, *(member.start_at for member in self._missing())]
@@ -998,18 +1008,18 @@ def _send(pipe: Connection, kind: str, value: Any) -> bool:
     return True
 
 
-def _reserve(settings: Settings) -> socket.socket:
+def _reserve(host: str, port: int, flag: str) -> socket.socket:
     """A socket that keeps the port for the acceptors, which share it: nobody else may have it."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as alone:
             # A port in use by an SO_REUSEPORT server would be shared with it, unnoticed.
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            alone.bind((settings.host, settings.port))
+            alone.bind((host, port))
         shared = socket.socket(family, socket.SOCK_STREAM)
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        shared.bind((settings.host, settings.port))
+        shared.bind((host, port))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise no_port(settings.host, settings.port, "--port", reason) from error
+        raise no_port(host, port, flag, reason) from error
     return shared

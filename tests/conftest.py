@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Generous: it only decides how long a test that hangs takes to fail.
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -87,6 +87,7 @@ class Server:
         command += _defaults(
             arguments, host="127.0.0.1", port="0", metrics_port="0", shutdown_delay_s="0"
         )
+        command += [] if "--http-port" in arguments else ["--no-http"]
         self._process = subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=cwd,
@@ -95,7 +96,7 @@ class Server:
             text=True,
         )
         self.pid = self._process.pid
-        self.port = self.metrics_port = 0
+        self.port = self.metrics_port = self.http_port = 0
         self._lines: list[str] = []
         self._ended = self._told = False
         self._changed = threading.Condition()
@@ -132,8 +133,11 @@ class Server:
 
     def ready(self) -> Self:
         """Waits until it says that it is ready, and learns its ports."""
-        ports = self.wait_for(r"ready in .* gRPC on \S+:(\d+), metrics on http://\S+:(\d+)/")
-        self.port, self.metrics_port = int(ports[1]), int(ports[2])
+        ports = self.wait_for(
+            r"ready in .*; (?:HTTP on https?://\S+:(\d+), )?gRPC on \S+:(\d+), "
+            r"metrics on http://\S+:(\d+)/"
+        )
+        self.http_port, self.port, self.metrics_port = (int(port or 0) for port in ports.groups())
         return self
 
     @property
@@ -174,6 +178,7 @@ class Server:
         deadline = time.monotonic() + TIMEOUT_S
         while (now := self.metrics().get(sample, 0.0)) != value:
             assert time.monotonic() < deadline, f"{sample} is {now}, not {value}"
+            time.sleep(0.01)  # who asks all the time keeps it from what is waited for
 
     def wait_until_http(self) -> None:
         """Waits until the metrics port answers, which it does before models are loaded."""
@@ -182,6 +187,7 @@ class Server:
             try:
                 self.http("/healthz")
             except urllib.error.URLError:
+                assert self._process.poll() is None, self.log
                 assert time.monotonic() < deadline, self.log
             else:
                 return

@@ -44,7 +44,7 @@ def test_serving_needs_no_training_and_serves_the_shipped_model(
     home.mkdir()
     variables = {k: v for k, v in _environment().items() if k not in {"CI", "XDG_CACHE_HOME"}}
     with subprocess.Popen(
-        [installed / "convoy", "serve", "--port", "0", "--metrics-port", "0"],
+        [installed / "convoy", "serve", "--port", "0", "--metrics-port", "0", "--http-port", "0"],
         cwd=tmp_path,
         env={**variables, "HOME": str(home)},
         stderr=subprocess.PIPE,
