@@ -53,7 +53,7 @@ Parameters = dict[str, Scalar]
 class _Tensor(Struct):
     name: str
     datatype: str
-    shape: Annotated[list[Annotated[int, Meta(ge=-(2**63), lt=2**63)]], Meta(max_length=64)]
+    shape: Annotated[list[Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]], Meta(max_length=64)]
     parameters: Parameters = {}
     data: Raw = Raw()
 
@@ -80,8 +80,8 @@ class _Order(Struct):
 
 class _Region(Struct):
     key: str
-    byte_size: Annotated[int, Meta(ge=0, lt=2**64)]
-    offset: Annotated[int, Meta(ge=0, lt=2**64)] = 0
+    byte_size: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    offset: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
 _PIXELS = msgspec.json.Decoder(list[Annotated[int, Meta(ge=0, le=255)]])
