@@ -249,8 +249,8 @@ def test_an_order_is_answered_to_who_gave_it_and_not_to_the_next(
         go_on.get(timeout=TIMEOUT_S)
 
     monkeypatch.setattr(crew.supervisor._director, "order", order)
-    crew.answer("acceptor-0", "order", (0, "rollback", "pets", ()))
-    crew.answer("acceptor-1", "order", (0, "rollback", "pets", ()))
+    crew.answer("acceptor-0", "ask", ("order", 0, "rollback", "pets", ()))
+    crew.answer("acceptor-1", "ask", ("order", 0, "rollback", "pets", ()))
     assert [given.get(timeout=TIMEOUT_S) for _ in range(2)] == ["pets"] * 2
     crew.die("acceptor-0")
     crew.begin(crew.member("acceptor-0"))
@@ -259,7 +259,7 @@ def test_an_order_is_answered_to_who_gave_it_and_not_to_the_next(
     deadline = time.monotonic() + TIMEOUT_S
     while len(crew.supervisor._posted) < 2:
         assert time.monotonic() < deadline
-    assert crew.asked("acceptor-1") == [("ordered", (0, None))]
+    assert crew.asked("acceptor-1") == [("answer", (0, None))]
     assert crew.asked("acceptor-0") == []
 
 
