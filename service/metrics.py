@@ -132,7 +132,7 @@ _FAMILIES = {
         "sums", "See `Requests.sums`.", ("model", "version")
     ),
     "version_batches": _Family(
-        "sums", "See `Batches.sums`.", ("model", "version", "size")
+        "sums", "See `Batches.by_size`.", ("model", "version", "size")
     ),
     "version_last_batch": _Family(
         "latest", "When the last one was, in seconds since 1970.", ("model", "version")
