@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, environment
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 
 
 def start(

@@ -1,9 +1,13 @@
 """The calls of the two services, on a server for the whole session."""
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,13 @@ LOCK = REPOSITORY / "locks" / "peers.txt"
 Peer = Callable[..., Any]
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def classifier_on(channel: grpc.Channel) -> Any:
     """The calls of convoy.v1.ImageClassifier."""
     return ImageClassifierStub(channel)  # type: ignore[no-untyped-call]
@@ -31,6 +42,45 @@ def classifier_on(channel: grpc.Channel) -> Any:
 def inference_on(channel: grpc.Channel) -> Any:
     """The calls of the Open Inference Protocol."""
     return GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+class Gate:
+    """Holds graphs: in servers that are started with its `variables`, their runs end when a test says so,
+    however fast the machine is, and however long the test is kept waiting.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        ours = Path(__file__).parent / "held"
+        self.variables = {
+            "HELD": str(folder),
+            "PYTHONPATH": os.pathsep.join(map(str, (ours, REPOSITORY))),
+            # Which service/__init__.py sets too late: ONNX Runtime is imported before.
+            "ORT_DISABLE_TELEMETRY": "1",
+            # What is held is taken for slow, and who would come behind it for too late.
+            "CONVOY_MAX_WAIT_S": "3600",
+        }
+
+    @contextmanager
+    def shut(self, *graphs: str) -> Iterator[Callable[[], None]]:
+        """Of these graphs no run goes on before it is over, or what is given is called."""
+        files = [(self._folder / graph).open("a") for graph in graphs]
+
+        def release() -> None:
+            for file in files:
+                file.close()
+
+        try:
+            for file in files:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield release
+        finally:
+            release()
+
+
+@pytest.fixture(scope="session")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    return Gate(tmp_path_factory.mktemp("gate"))
 
 
 @pytest.fixture
@@ -64,9 +114,9 @@ def slow_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def slow_server(slow_models: Path) -> Iterator[Server]:
-    """Serves `slow_models`, three requests at once and no more."""
-    with Server("--max-in-flight", "3", models=slow_models) as server:
+def slow_server(slow_models: Path, gate: Gate) -> Iterator[Server]:
+    """Serves `slow_models`, three requests at once and no more; `gate` holds it."""
+    with Server("--max-in-flight", "3", models=slow_models, variables=gate.variables) as server:
         yield server.ready()
 
 

@@ -22,7 +22,7 @@ from service.errors import ConvoyError
 from tests.conftest import TIMEOUT_S, Server, convoy
 from tests.integration.pictures import encode
 
-SHORT = {"duration_s": 0.2, "warmup_s": 0.05}
+SHORT = {"duration_s": 0.4, "warmup_s": 0.05}
 
 Bench = Callable[..., dict[str, Any]]
 
@@ -115,7 +115,7 @@ def test_the_goodput_is_measured_beyond_capacity(
 ) -> None:
     picture = tmp_path / "goodput.png"
     found = bench(
-        shipped.target, overload=True, slo_ms=500, concurrency=(2,), plot=picture, duration_s=0.1
+        shipped.target, overload=True, slo_ms=500, concurrency=(2,), plot=picture, duration_s=0.25
     )
     capacity, *points = found["points"]
     assert found["capacity"] == capacity["throughput"]
@@ -248,7 +248,7 @@ def test_check_catches_rows_that_are_mixed_up(tmp_path: Path) -> None:
     with serving(Liar(lies_every=5).handlers()) as (target, _):
         result = convoy(
             "bench", "--server", target, "--check", "--concurrency", "4", "--json", written,
-            "--images-per-request", "2", "--duration-s", "0.3", "--warmup-s", "0.1",
+            "--images-per-request", "2", "--duration-s", "0.8", "--warmup-s", "0.1",
         )  # fmt: skip
     assert result.returncode == 1, result.stderr
     (point,) = json.loads(written.read_text())["points"]
@@ -463,10 +463,10 @@ def test_a_call_of_many_messages_goes_on_until_it_is_ended() -> None:
 def test_a_load_outlives_connections_that_the_server_closes(
     bench: Bench,
 ) -> None:
-    options = (("grpc.max_connection_age_ms", 100), ("grpc.max_connection_age_grace_ms", 1000))
+    options = (("grpc.max_connection_age_ms", 100), ("grpc.max_connection_age_grace_ms", 30_000))
     liar = Liar(lies_every=0)
     with serving(liar.handlers(), *options) as (target, _):
-        (point,) = bench(target, concurrency=(2,), duration_s=0.6)["points"]
+        (point,) = bench(target, concurrency=(2,), duration_s=1.0)["points"]
     # Two are of the first questions.
     assert len(liar.peers) > 3
     # Calls that cross the word to go away are started once more, as gRPC's clients do.

@@ -22,7 +22,7 @@ from service import policy as policies
 from service.errors import ConvoyError
 from service.policy import Policy
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, convoy
-from tests.integration.conftest import Peer, classifier_on, inference_on
+from tests.integration.conftest import Peer, classifier_on, inference_on, wait_until
 from tests.integration.models import flip_a_byte
 from tests.integration.pictures import raw, solid
 
@@ -160,8 +160,16 @@ def test_what_an_operator_orders_is_done_and_written_down(
     assert models(controlled, "load", "digits")["version"] == 1
     model = models(controlled, "pin", "digits")
     assert (model["policy"], model["version"], answers(calls)) == ("newest", 2, 2)
-    with pytest.raises(grpc.RpcError, match="version 1 of model 'digits' is not served"):
-        answers(calls, 1)
+
+    def is_gone() -> bool:
+        """It may be asked for a moment longer than it is ordered."""
+        try:
+            answers(calls, 1)
+        except grpc.RpcError as error:
+            return "version 1 of model 'digits' is not served" in str(error)
+        return False
+
+    wait_until(is_gone)
 
 
 def test_an_edit_of_the_folder_is_an_order_too(

@@ -15,8 +15,8 @@ from protos import inference_pb2 as oip
 from service.cpu import whole_cores
 from service.images import Pixels
 from tests.conftest import TIMEOUT_S, Server
-from tests.integration.conftest import classifier_on, inference_on
-from tests.integration.models import FAST_IMAGE, SLOW_IMAGE, add_slow, add_steady, slow_of
+from tests.integration.conftest import Gate, classifier_on, inference_on
+from tests.integration.models import FAST_IMAGE, add_slow, add_steady, slow_of
 from tests.integration.pictures import noise, probabilities, raw
 from tests.integration.test_inference_protocol import infer_request, outputs_of, raw_pixels
 
@@ -32,17 +32,17 @@ TOPOLOGIES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`slow`, which takes more than a second, and `steady`, some 0.1 s for each batch."""
+    """`slow`, as slow as a `Gate` makes it, and `steady`, some 0.1 s for each batch."""
     folder = tmp_path_factory.mktemp("deadlines")
-    add_slow(folder, rounds=3000)
+    add_slow(folder)
     add_steady(folder, rounds=150)
     return folder
 
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)
-def busy(request: pytest.FixtureRequest, models: Path) -> Iterator[Server]:
+def busy(request: pytest.FixtureRequest, models: Path, gate: Gate) -> Iterator[Server]:
     """A server of this module's own, whose metrics are looked at."""
-    with Server(*request.param, models=models) as server:
+    with Server(*request.param, models=models, variables=gate.variables) as server:
         yield server.ready()
     assert "Traceback" not in server.log
 
@@ -82,10 +82,10 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once(
     # Of a device that has just run there is an estimate to rely on.
     infer_call(infer("steady", FAST_IMAGE), timeout=TIMEOUT_S)
     runs = busy.metrics()[RUNS % "steady"]
-    # A hundred batches, in a second.
+    # A thousand batches, in three seconds.
     for call in [
-        infer_call.future(infer("steady", FAST_IMAGE, 400), timeout=1),
-        infer_call.future(infer("steady", FAST_IMAGE, 400, timeout=1_000_000)),
+        infer_call.future(infer("steady", FAST_IMAGE, 4000), timeout=3),
+        infer_call.future(infer("steady", FAST_IMAGE, 4000, timeout=3_000_000)),
     ]:
         assert "back off, then retry" in refused(call)
     assert busy.metrics()[RUNS % "steady"] == runs
@@ -96,21 +96,29 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once(
 @pytest.mark.skipif(whole_cores() < 2, reason="there calls and batches share a core")
 @pytest.mark.parametrize("way", ["the deadline", "the request's timeout"])
 def test_the_time_that_is_allowed_ends_the_call_while_the_batch_runs(
-    busy: Server, channel: grpc.Channel, way: str
+    busy: Server, channel: grpc.Channel, gate: Gate, way: str
 ) -> None:
     infer_call, runs = inference_on(channel).ModelInfer, RUNS % "slow"
     before = busy.metrics().get(runs, 0)
-    # That this one is slow nobody can know.
-    if way == "the deadline":
-        call = infer_call.future(infer("slow", SLOW_IMAGE), timeout=0.3)
-    else:
-        call = infer_call.future(infer("slow", SLOW_IMAGE, timeout=300_000))
-    assert call.code() is Code.DEADLINE_EXCEEDED
-    assert busy.metrics().get(runs, 0) == before, "it was told only when the batch had ended"
+    with gate.shut("slow"):
+        # That this one is slow nobody can know.
+        if way == "the deadline":
+            call = infer_call.future(infer("slow", FAST_IMAGE), timeout=0.5)
+        else:
+            call = infer_call.future(infer("slow", FAST_IMAGE, timeout=500_000), timeout=TIMEOUT_S)
+        assert call.code() is Code.DEADLINE_EXCEEDED
+        if way != "the deadline":
+            assert call.time_remaining() > 0, "it was not the server who told it"
+        # Also there, though the caller knows by himself.
+        busy.wait_until_in_flight(0)
+        assert busy.metrics().get(runs, 0) == before
     busy.wait_for_metric(runs, before + 1)
 
 
-def test_the_urgent_overtake_those_who_wait(busy: Server, channel: grpc.Channel) -> None:
+@pytest.mark.skipif(whole_cores() < 2, reason="there calls and batches share a core")
+def test_the_urgent_overtake_those_who_wait(
+    busy: Server, channel: grpc.Channel, gate: Gate
+) -> None:
     infer_call = inference_on(channel).ModelInfer
     order: list[str] = []
     ended = threading.Semaphore(0)
@@ -124,7 +132,11 @@ def test_the_urgent_overtake_those_who_wait(busy: Server, channel: grpc.Channel)
         call.add_done_callback(note)
         return call
 
-    calls = [send("usual") for _ in range(20)] + [send("urgent", priority=1)]
+    with gate.shut("steady"):
+        calls = [send("usual") for _ in range(20)]
+        busy.wait_until_in_flight(20)
+        calls.append(send("urgent", priority=1))
+        busy.wait_until_in_flight(21)
     for call in calls:
         call.result()
         ended.acquire()
@@ -197,16 +209,16 @@ def test_in_a_storm_of_deadlines_and_cancellations_nothing_late_is_run_and_no_an
 
 
 @pytest.fixture(scope="module")
-def strict(models: Path) -> Iterator[Server]:
-    """Takes on little at once."""
-    with Server("--max-held-mb", "1", "--max-wait-s", "0.5", models=models) as server:
+def impatient(models: Path) -> Iterator[Server]:
+    """Lets nobody wait for long."""
+    with Server("--max-wait-s", "0.5", models=models) as server:
         yield server.ready()
 
 
-def test_a_wait_that_is_too_long_is_refused(strict: Server) -> None:
-    with strict.channel() as channel:
+def test_a_wait_that_is_too_long_is_refused(impatient: Server) -> None:
+    with impatient.channel() as channel:
         infer_call = inference_on(channel).ModelInfer
-        calls = [infer_call.future(infer("steady", FAST_IMAGE, 4)) for _ in range(50)]
+        calls = [infer_call.future(infer("steady", FAST_IMAGE, 4)) for _ in range(300)]
         codes = [call.code() for call in calls]
         assert set(codes) == {Code.OK, Code.RESOURCE_EXHAUSTED}
         for call, code in zip(calls, codes, strict=True):
@@ -214,20 +226,31 @@ def test_a_wait_that_is_too_long_is_refused(strict: Server) -> None:
                 assert "back off, then retry" in refused(call)
 
 
-def test_more_bytes_than_may_be_held_are_refused_until_there_is_room(strict: Server) -> None:
+@pytest.mark.skipif(whole_cores() < 2, reason="there calls and batches share a core")
+def test_more_bytes_than_may_be_held_are_refused_until_there_is_room(
+    models: Path, gate: Gate
+) -> None:
     # An image that can't be read, so that the request is large.
-    images = [raw(SLOW_IMAGE), pb.Image(encoded=bytes(700_000))]
+    images = [raw(FAST_IMAGE), pb.Image(encoded=bytes(700_000))]
     large = pb.ClassifyRequest(model="slow", images=images)
     small = pb.ClassifyRequest(model="slow", images=images[:1])
-    with strict.channel() as channel:
+    with (
+        Server("--max-held-mb", "1", models=models, variables=gate.variables) as strict,
+        strict.ready().channel() as channel,
+        gate.shut("slow") as open_gate,
+    ):
         classify = classifier_on(channel).Classify
         first = classify.future(large)
         while strict.metrics()["convoy_held_bytes"] < 700_000:
             assert not first.done()
         second = classify.future(large)
         assert "MB of requests are worked on" in refused(second)
-        assert classify(small).results[0].HasField("classification")
+        third = classify.future(small)
+        strict.wait_until_in_flight(2)
+        open_gate()
+        assert third.result().results[0].HasField("classification")
         assert first.result().results[0].HasField("classification")
+        strict.wait_until_in_flight(0)
         assert classify(large).results[0].HasField("classification")
 
 

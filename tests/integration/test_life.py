@@ -16,23 +16,16 @@ from protos import inference_pb2 as oip
 from service import gpu
 from service.bundle import Golden
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
-from tests.integration.conftest import classifier_on, inference_on
-from tests.integration.models import (
-    SLOW_BATCH,
-    SLOW_IMAGE,
-    add_colours,
-    add_slow_to_load,
-    flip_a_byte,
-)
+from tests.integration.conftest import Gate, classifier_on, inference_on
+from tests.integration.models import FAST_IMAGE, add_colours, add_slow, add_steady, flip_a_byte
 from tests.integration.pictures import raw, solid
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ["convoy.v1.ImageClassifier", "inference.GRPCInferenceService"]
 
-SLOW = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)])
-# Eight batches: what is done within a moment of the end is still answered.
-LONG = pb.ClassifyRequest(model="slow", images=[raw(SLOW_IMAGE)] * 8 * SLOW_BATCH)
+# As slow as a `Gate` makes it.
+HELD = pb.ClassifyRequest(model="slow", images=[raw(FAST_IMAGE)])
 RED = pb.ClassifyRequest(model="colours", images=[raw(solid("red"))])
 
 
@@ -71,17 +64,21 @@ def refused_at(port: int) -> bool:
     return False
 
 
-def test_nothing_is_ready_before_every_model_has_proved_itself(tmp_path: Path) -> None:
-    add_slow_to_load(tmp_path)
+def test_nothing_is_ready_before_every_model_has_proved_itself(tmp_path: Path, gate: Gate) -> None:
+    add_slow(tmp_path)
     port, metrics_port = free_port(), free_port()
     arguments = ("--port", str(port), "--metrics-port", str(metrics_port))
-    with Server(*arguments, models=tmp_path) as server:
+    with (
+        gate.shut("slow") as open_gate,
+        Server(*arguments, models=tmp_path, variables=gate.variables) as server,
+    ):
         server.metrics_port = metrics_port
         server.wait_until_http()
         assert server.http("/healthz") == (200, "ok\n")
         assert server.http("/readyz") == (503, "not ready\n")
         assert refused_at(port)
         assert "ready in" not in server.log
+        open_gate()
         server.ready()
         assert server.http("/readyz") == (200, "ok\n")
         with server.channel() as channel:
@@ -89,38 +86,35 @@ def test_nothing_is_ready_before_every_model_has_proved_itself(tmp_path: Path) -
             assert [check(channel, name) for name in ["", "slow", *SERVICES]] == [SERVING] * 4
 
 
-def test_sigterm_while_models_load_ends_it_before_it_is_ready(tmp_path: Path) -> None:
-    add_slow_to_load(tmp_path)
+def test_sigterm_while_models_load_ends_it_before_it_is_ready_and_waits_for_one_at_most(
+    tmp_path: Path, gate: Gate
+) -> None:
+    add_slow(tmp_path, "first")
+    add_steady(tmp_path, 1, "second")
     metrics_port = free_port()
-    with Server(
-        "--metrics-port", str(metrics_port), "--shutdown-delay-s", "600", models=tmp_path
-    ) as server:
-        server.metrics_port = metrics_port
-        server.wait_until_http()
-        assert server.stop() == 0
-        assert "ready in" not in server.log
-
-
-def test_sigterm_while_models_load_does_not_wait_for_all_of_them(tmp_path: Path) -> None:
-    first = add_slow_to_load(tmp_path, "first").folder.parent
-    for number in range(60):
-        shutil.copytree(first, tmp_path / f"copy{number}")
-    metrics_port = free_port()
-    with Server("--metrics-port", str(metrics_port), models=tmp_path) as server:
+    arguments = ("--metrics-port", str(metrics_port), "--shutdown-delay-s", "600")
+    with (
+        gate.shut("steady"),
+        gate.shut("slow") as open_first,
+        Server(*arguments, models=tmp_path, variables=gate.variables) as server,
+    ):
         server.metrics_port = metrics_port
         server.wait_until_http()
         server.send(signal.SIGTERM)
-        assert server.wait(TIMEOUT_S / 4) == 0
+        open_first()
+        assert server.wait() == 0
+        assert "ready in" not in server.log
 
 
 def test_sigterm_withdraws_readiness_and_goes_on_answering_until_the_delay_is_over(
     tmp_path: Path,
 ) -> None:
     add_colours(tmp_path)
-    with (
-        Server("--shutdown-delay-s", "2", models=tmp_path) as server,
-        server.ready().channel() as channel,
-    ):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(
+            contextlib.closing(Server("--shutdown-delay-s", "600", models=tmp_path))
+        )
+        channel = stack.enter_context(server.ready().channel())
         server.send(signal.SIGTERM)
         server.wait_for("not ready; still answering")
         assert server.http("/readyz") == (503, "not ready\n")
@@ -131,7 +125,7 @@ def test_sigterm_withdraws_readiness_and_goes_on_answering_until_the_delay_is_ov
         assert check(channel, "") == SERVING, "the process itself lives: probes must not kill it"
         with server.channel() as another:
             assert classifier_on(another).Classify(RED).results[0].HasField("classification")
-        assert "draining" not in server.log, "the delay was over before all was looked at"
+        assert "draining" not in server.log
 
 
 def test_sigint_skips_the_delay(tmp_path: Path) -> None:
@@ -140,48 +134,60 @@ def test_sigint_skips_the_delay(tmp_path: Path) -> None:
         assert server.ready().stop(signal.SIGINT) == 0
 
 
-def test_requests_in_flight_finish_and_new_ones_are_refused(slow_models: Path) -> None:
-    with Server(models=slow_models) as server, server.ready().channel() as channel:
-        answer = classifier_on(channel).Classify.future(SLOW, timeout=TIMEOUT_S)
+def test_requests_in_flight_finish_and_new_ones_are_refused(slow_models: Path, gate: Gate) -> None:
+    with (
+        Server(models=slow_models, variables=gate.variables) as server,
+        server.ready().channel() as channel,
+        gate.shut("slow") as open_gate,
+    ):
+        answer = classifier_on(channel).Classify.future(HELD, timeout=TIMEOUT_S)
         server.wait_until_in_flight(1)
         server.send(signal.SIGTERM)
-        while not refused_at(server.port):
-            pass
+        server.wait_for("draining")
         with server.channel() as late, pytest.raises(grpc.RpcError) as refused:
-            classifier_on(late).Classify(SLOW, timeout=TIMEOUT_S)
+            classifier_on(late).Classify(HELD, timeout=TIMEOUT_S)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        open_gate()
         assert answer.result().results[0].HasField("classification")
         assert server.wait() == 0
 
 
-def test_the_drain_ends_after_its_grace(slow_models: Path) -> None:
+def test_the_drain_ends_after_its_grace(slow_models: Path, gate: Gate) -> None:
+    grace = ("--drain-grace-s", "0.1")
     with (
-        Server("--drain-grace-s", "0.1", models=slow_models) as server,
+        Server(*grace, models=slow_models, variables=gate.variables) as server,
         server.ready().channel() as channel,
+        gate.shut("slow") as open_gate,
     ):
-        answer = classifier_on(channel).Classify.future(LONG, timeout=TIMEOUT_S)
+        answer = classifier_on(channel).Classify.future(HELD, timeout=TIMEOUT_S)
         server.wait_until_in_flight(1)
-        assert server.stop() == 0
+        server.send(signal.SIGTERM)
         assert answer.code() is grpc.StatusCode.UNAVAILABLE
+        open_gate()  # it ends when the batch does, which nobody waits for any more
+        assert server.wait() == 0
         assert "1 calls were cut off after 0.1 s" in server.log
 
 
-def test_a_second_signal_ends_it_at_once(slow_models: Path) -> None:
-    with contextlib.closing(Server(models=slow_models)) as server:
-        with server.ready().channel() as channel:
-            answer = classifier_on(channel).Classify.future(LONG, timeout=TIMEOUT_S)
-            server.wait_until_in_flight(1)
-            server.send(signal.SIGTERM)
-            server.wait_for("draining")
-            assert server.stop() == 128 + signal.SIGTERM
-            assert answer.code() is grpc.StatusCode.UNAVAILABLE
+def test_a_second_signal_ends_it_at_once(slow_models: Path, gate: Gate) -> None:
+    with (
+        contextlib.closing(Server(models=slow_models, variables=gate.variables)) as server,
+        server.ready().channel() as channel,
+        gate.shut("slow"),
+    ):
+        answer = classifier_on(channel).Classify.future(HELD, timeout=TIMEOUT_S)
+        server.wait_until_in_flight(1)
+        server.send(signal.SIGTERM)
+        server.wait_for("draining")
+        assert server.stop() == 128 + signal.SIGTERM
+        assert answer.code() is grpc.StatusCode.UNAVAILABLE
         assert "second signal: stopping at once" in server.log
 
 
 def test_health_watch_sees_the_end_and_does_not_delay_it(tmp_path: Path) -> None:
     add_colours(tmp_path)
     with (
-        Server("--drain-grace-s", "600", models=tmp_path) as server,
+        # A delay, too, that comes to its end.
+        Server("--shutdown-delay-s", "0.1", "--drain-grace-s", "600", models=tmp_path) as server,
         server.ready().channel() as channel,
     ):
         watched = {
@@ -352,19 +358,21 @@ def test_a_folder_of_nothing_but_broken_models_ends_it_with_the_reason(tmp_path:
 
 
 def test_a_burst_beyond_max_in_flight_is_told_to_come_back_and_nothing_is_lost(
-    slow_server: Server, digits: Golden
+    slow_server: Server, gate: Gate, digits: Golden
 ) -> None:
-    with slow_server.channel() as channel:
+    with slow_server.channel() as channel, gate.shut("slow") as open_gate:
         classify = classifier_on(channel).Classify
-        slow = [classify.future(SLOW, timeout=TIMEOUT_S) for _ in range(3)]
+        slow = [classify.future(HELD, timeout=TIMEOUT_S) for _ in range(3)]
         slow_server.wait_until_in_flight(3)
-        burst = [classify.future(SLOW, timeout=TIMEOUT_S) for _ in range(20)]
+        burst = [classify.future(HELD, timeout=TIMEOUT_S) for _ in range(20)]
         for each in burst:
             assert each.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "back off" in str(each.details())
             pushback = dict(each.trailing_metadata())["grpc-retry-pushback-ms"]
             assert 0 < int(pushback) <= 10_000
+        open_gate()
         assert all(each.result().results[0].HasField("classification") for each in slow)
+        slow_server.wait_until_in_flight(0)
         request = pb.ClassifyRequest(model="digits", images=[raw(digits.pixels[6])])
         assert classify(request).results[0].classification.labels[0].name == "6"
     slow_server.wait_until_in_flight(0)

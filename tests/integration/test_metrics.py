@@ -177,6 +177,7 @@ def test_receipts_of_both_services_add_up_to_the_histograms(models: Path) -> Non
             told = inferred.result().parameters
             receipts.append([told[f"{name}_s"].double_param for name in names])
             assert told["batch_size"].int64_param == COLOURS_BATCH
+        server.wait_until_in_flight(0)
         metrics = server.metrics()
         del wanted.parameters["timings"]
         assert not infer(wanted).parameters, "nobody asked"

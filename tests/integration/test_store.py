@@ -114,8 +114,8 @@ def test_nobody_notices_what_becomes_of_the_store(
             for number in (1, 2, 3):
                 store.add(colours, number)
             load.wait_for(3)
-            assert "going on with what is in" in server.log
-            assert "is there again" in server.log
+            server.wait_for("going on with what is in")
+            server.wait_for("is there again")
 
             store.trouble("spoilt")
             store.add(colours, 4)
@@ -140,7 +140,7 @@ def test_nobody_notices_what_becomes_of_the_store(
     store.kill()
     with serve(store, tmp_path) as server:
         with Load(server.ready()) as load:
-            assert "can't be read" in server.log
+            server.wait_for("can't be read")
             load.wait_for(3)
             store.start()
             store.add(colours, 3)
@@ -214,7 +214,7 @@ def test_a_disk_that_is_full_is_no_matter_to_what_serves(
         wait_until_errors(server, "disk", 2)
         load.wait_for_more()
         assert set(load.versions) == {1}
-        assert "no room: 0.6 MB are wanted" in server.log
+        server.wait_for(r"no room: 0\.6 MB are wanted")
         ballast.unlink()
         load.wait_for(2)
         assert load.failures == []

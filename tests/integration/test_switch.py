@@ -21,7 +21,7 @@ from service import bundle as bundles
 from service.bundle import Bundle, Golden
 from service.model import Model
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment
-from tests.integration.conftest import classifier_on, inference_on
+from tests.integration.conftest import Gate, classifier_on, inference_on, wait_until
 from tests.integration.models import SLOW_IMAGE, add_colours, add_slow, colours_of
 from tests.integration.pictures import encoded, noise, probabilities, raw
 from tests.integration.test_inference_protocol import infer_request, outputs_of, raw_pixels
@@ -144,6 +144,11 @@ def states(channel: grpc.Channel) -> dict[int, str]:
     }
 
 
+def infos(metrics: dict[str, float]) -> list[str]:
+    """The versions that are loaded, as /metrics describes them."""
+    return [name for name in metrics if name.startswith("convoy_model_info")]
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES.keys())
 def test_versions_come_and_go_under_traffic_and_no_request_fails(
     tmp_path: Path, topology: tuple[str, ...]
@@ -169,17 +174,23 @@ def test_versions_come_and_go_under_traffic_and_no_request_fails(
         assert wrong.version == 5
         server.wait_for(r"colours/5 is not served: .* off by")
         crowd.wait_for(4)
+        # What is logged is then told to all processes.
+        wait_until(lambda: states(channel).get(5) == "BROKEN")
         found = listed(channel)
         assert (found.version, found.state) == (4, pb.Model.READY)
         assert "its answers to the golden inputs are off by" in found.reason
-        assert states(channel)[5] == "BROKEN"
         # Back at once, and forth again.
         rolled = control.Rollback(pb.RollbackRequest(model="colours"), timeout=TIMEOUT_S)
         assert rolled.model.version == 3
         crowd.wait_for(3)
         control.Promote(pb.PromoteRequest(model="colours", version=4), timeout=TIMEOUT_S)
         crowd.wait_for(4)
-        assert states(channel) == {1: "IDLE", 2: "IDLE", 3: "STANDBY", 4: "READY", 5: "BROKEN"}
+        server.wait_for("colours/2 is unloaded")
+        expected = {1: "IDLE", 2: "IDLE", 3: "STANDBY", 4: "READY", 5: "BROKEN"}
+        wait_until(lambda: states(channel) == expected)
+        # Of processes that are busy /metrics tells what they have said before.
+        server.wait_for_metric('convoy_model_serving_version{model="colours"}', 4)
+        wait_until(lambda: len(infos(server.metrics())) == 2)
         metrics = server.metrics()
     assert set(crowd.codes) == {grpc.StatusCode.OK}
     assert set(crowd.versions) == {1, 2, 3, 4}
@@ -187,8 +198,6 @@ def test_versions_come_and_go_under_traffic_and_no_request_fails(
     assert metrics['convoy_model_broken_versions{model="colours"}'] == 1
     assert metrics['convoy_model_version_state{model="colours",state="broken",version="5"}'] == 1
     assert metrics['convoy_model_switches_total{model="colours"}'] == 5
-    loaded = [name for name in metrics if name.startswith("convoy_model_info")]
-    assert len(loaded) == 2, "what is unloaded is still told of"
     assert "Traceback" not in server.log
 
 
@@ -216,15 +225,19 @@ def test_an_engine_that_dies_while_a_version_is_on_its_way_keeps_it_from_nobody(
 
 @pytest.mark.parametrize("topology", [(), ONE_AND_ONE], ids=["one process", "1 and 1"])
 def test_sigterm_while_a_version_is_loaded_does_not_wait_for_it(
-    tmp_path: Path, topology: tuple[str, ...]
+    tmp_path: Path, gate: Gate, topology: tuple[str, ...]
 ) -> None:
     publish(tmp_path)
-    with Server(*topology, "--watch-s", "0.1", models=tmp_path) as server:
+    arguments = (*topology, "--watch-s", "0.1")
+    with (
+        gate.shut("slow"),
+        Server(*arguments, models=tmp_path, variables=gate.variables) as server,
+    ):
         server.ready()
-        publish_slow(tmp_path, "slow")
-        server.wait_for("slow/2 is being loaded")
+        add_slow(tmp_path)
+        server.wait_for("slow/1 is being loaded")
         assert server.stop() == 0
-    assert "slow/2 is ready" not in server.log, "there was nothing to wait for"
+    assert "slow/1 is ready" not in server.log
     assert "Traceback" not in server.log
     assert "Aborted" not in server.log
 

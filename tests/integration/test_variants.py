@@ -123,11 +123,13 @@ def test_answers_below_a_threshold_are_unsure(
     assert not models["off"].HasField("unsure_threshold")
 
     counter = 'convoy_unsure_total{model="both"}'
+    fp32.wait_until_in_flight(0)
     before = fp32.metrics()[counter]
     with Classifier(fp32.target, model="both") as classifier:
         for top_k in (1, 3):
             found = list(classifier.classify_many(PIXELS, top_k))
             assert [prediction.unsure for prediction in found] == expected
+    fp32.wait_until_in_flight(0)
     assert fp32.metrics()[counter] - before == 2 * sum(expected)
     with Classifier(fp32.target, model="off") as classifier:
         assert not any(prediction.unsure for prediction in classifier.classify_many(PIXELS))
