@@ -45,8 +45,9 @@ _CERTAIN_S = 1.0
 class Answer(NamedTuple):
     """`outputs` float32 `[n, classes]` belong to the submitted rows, in their order; the
     `failed_rows` that the model failed on are NaN. Times are in seconds: waiting for the device, and
-    on it. `batch_size` is that of the largest batch any of its rows ran in, and `batch` the number of
-    the last one, which those have who ran with it, and no other batch of this machine.
+    on it. `batch_size` is that of the largest batch any of its rows ran in. `batch` is the number of
+    the last one, which those have who ran with it, and no other batch of this machine; it took
+    `batch_s`.
     """
 
     outputs: Outputs
@@ -55,6 +56,7 @@ class Answer(NamedTuple):
     batch_size: int
     failed_rows: int = 0
     batch: int = 0
+    batch_s: float = 0.0
 
 
 Done: TypeAlias = Callable[[Answer | Exception], None]
@@ -195,8 +197,8 @@ class Ticket:
     """A submitted request; all but `cancel` is the batcher's."""
 
     __slots__ = (
-        "answered", "arrived", "batch", "batch_size", "batcher", "count", "deadline", "done", "ended",
-        "failed_rows", "on_trial", "outputs", "queue", "rank", "rows", "run_s", "taken",
+        "answered", "arrived", "batch", "batch_s", "batch_size", "batcher", "count", "deadline",
+        "done", "ended", "failed_rows", "on_trial", "outputs", "queue", "rank", "rows", "run_s", "taken",
     )  # fmt: skip
 
     def __init__(
@@ -222,7 +224,7 @@ class Ticket:
         # How many rows went into batches, came back, and came back as failed.
         self.taken = self.answered = self.failed_rows = 0
         self.outputs: Outputs | None = None
-        self.run_s = 0.0
+        self.run_s = self.batch_s = 0.0
         self.batch = self.batch_size = 0
         self.ended = False
 
@@ -745,7 +747,7 @@ class Batcher:
                     late_rows += stop - start
                 ticket.run_s += run_s
                 ticket.batch_size = max(ticket.batch_size, size)
-                ticket.batch = number
+                ticket.batch, ticket.batch_s = number, run_s
                 if ticket.ended or retry:
                     continue
                 if bad is not None:
@@ -909,6 +911,7 @@ def _give(
         ticket.batch_size,
         ticket.failed_rows,
         ticket.batch,
+        ticket.batch_s,
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import TypeAlias
 
+import numpy as np
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.propagators.textmap import Getter
@@ -39,7 +40,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.batcher import Answer
+from service.batcher import Answer, Outputs
 from service.metrics import Metrics
 
 log = logging.getLogger("convoy.tracing")
@@ -58,6 +59,7 @@ _ERRORS = frozenset(
 )
 
 _ROOT = Context()
+_NOTHING: Outputs = np.empty(0, np.float32)
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID)
 
 # A call's metadata, or a request's headers: names in lower case, and values.
@@ -94,8 +96,8 @@ class Trace:
         self.version = self.images = 0
         # 0: it did not get so far.
         self.decodes_at = self.decoded_at = self.queued_at = 0.0
-        # How long it waited and ran, with how many rows in all, in the batch of which number.
-        self.answer: tuple[float, float, int, int] | None = None
+        # Without its outputs.
+        self.answer: Answer | None = None
 
     def decodes(self, model: str, version: int, images: int) -> None:
         """From now on its images are decoded."""
@@ -112,7 +114,7 @@ class Trace:
         self.queued_at = time.monotonic()
 
     def answered(self, answer: Answer) -> None:
-        self.answer = (answer.queue_s, answer.run_s, answer.batch_size, answer.batch)
+        self.answer = answer._replace(outputs=_NOTHING)
 
     def end_rpc(self, code: str, model: str) -> None:
         """A call of gRPC has ended with the status of this name; `model` as far as that is known."""
@@ -261,13 +263,16 @@ class Tracing:
 class _Batch:
     """What its sampled requests tell of a batch."""
 
-    __slots__ = ("began_ns", "ended_ns", "links", "model", "run_s", "seen", "size", "version")
+    __slots__ = ("began_ns", "context", "ended_ns", "links", "model", "seen", "size", "version")
 
-    def __init__(self, model: str, version: int) -> None:
-        self.model, self.version = model, version
+    def __init__(
+        self, context: SpanContext, model: str, version: int, began_ns: int, ended_ns: int
+    ) -> None:
+        self.context, self.model, self.version = context, model, version
+        self.began_ns, self.ended_ns = began_ns, ended_ns
         self.links: list[Link] = []
-        self.began_ns = self.ended_ns = self.size = 0
-        self.run_s = self.seen = 0.0
+        # 0: nobody knows it who ran in no other.
+        self.size, self.seen = 0, 0.0
 
 
 class _Spans(SpanProcessor):
@@ -282,7 +287,7 @@ class _Spans(SpanProcessor):
         self._tracer = provider.get_tracer("convoy", metadata.version("convoy-serving"))
         self._made: list[ReadableSpan] = []
         # By the numbers that batchers give them.
-        self._batches: dict[int, tuple[SpanContext, _Batch]] = {}
+        self._batches: dict[int, _Batch] = {}
         self._shift_ns = 0
 
     def on_end(self, span: ReadableSpan) -> None:
@@ -298,10 +303,10 @@ class _Spans(SpanProcessor):
         now = time.monotonic()
         for trace in traces:
             self._add(trace, now)
-        for number, (context, batch) in list(self._batches.items()):
+        for number, batch in list(self._batches.items()):
             if all_batches or batch.seen <= now - _SETTLED_S:
                 del self._batches[number]
-                self._add_batch(number, context, batch)
+                self._add_batch(number, batch)
         made, self._made = self._made, []
         return made
 
@@ -344,54 +349,48 @@ class _Spans(SpanProcessor):
         if trace.decodes_at:
             stage("decode", trace.decodes_at, trace.decoded_at or ended)
         if trace.answer:
-            queue_s, run_s, size, number = trace.answer
-            runs_at = min(trace.queued_at + queue_s, ended)
-            ran_at = min(runs_at + run_s, ended)
+            answer = trace.answer
+            runs_at = min(trace.queued_at + answer.queue_s, ended)
+            ran_at = min(runs_at + answer.run_s, ended)
+            batch = self._batch(trace, answer, ran_at)
+            batch.links.append(Link(request.get_span_context()))
+            batch.seen = now
             stage("queue", trace.queued_at, runs_at)
-            link = None
-            if number:
-                times = (run_s, self._ns(runs_at), self._ns(ran_at), size)
-                link = self._ran(trace, number, request.get_span_context(), times, now)
-            stage("run", runs_at, ran_at, size, link)
+            stage("run", runs_at, ran_at, answer.batch_size, Link(batch.context))
         elif trace.queued_at:
             stage("queue", trace.queued_at, ended)
         if trace.error:
             request.set_status(Status(StatusCode.ERROR))
         request.end(self._ns(ended))
 
-    def _ran(
-        self,
-        trace: Trace,
-        number: int,
-        request: SpanContext,
-        times: tuple[float, int, int, int],
-        now: float,
-    ) -> Link:
-        """A request ran in a batch: links both."""
-        if number not in self._batches:
+    def _batch(self, trace: Trace, answer: Answer, ran_at: float) -> _Batch:
+        """The one that a request, whose last rows `ran` until then, was in."""
+        batch = self._batches.get(answer.batch)
+        if batch is None:
             ids = self._ids.generate_trace_id(), self._ids.generate_span_id()
             context = SpanContext(*ids, is_remote=False, trace_flags=_SAMPLED)
-            self._batches[number] = context, _Batch(trace.model, trace.version)
-        context, batch = self._batches[number]
-        batch.links.append(Link(request))
-        batch.seen = now
-        # Large requests run in several batches, and tell of all together: the shortest is the batch's.
-        if not batch.run_s or times[0] < batch.run_s:
-            batch.run_s, batch.began_ns, batch.ended_ns, batch.size = times
-        return Link(context)
+            times = self._ns(ran_at - answer.batch_s), self._ns(ran_at)
+            batch = _Batch(context, trace.model, trace.version, *times)
+            self._batches[answer.batch] = batch
+        # Of one that ran in several, it is that of the largest.
+        if answer.run_s == answer.batch_s:
+            batch.size = answer.batch_size
+        return batch
 
-    def _add_batch(self, number: int, context: SpanContext, batch: _Batch) -> None:
-        self._ids.trace_id, self._ids.span_id = context.trace_id, context.span_id
+    def _add_batch(self, number: int, batch: _Batch) -> None:
+        attributes: dict[str, str | int] = {
+            "convoy.model.name": batch.model,
+            "convoy.model.version": batch.version,
+            # By which one is told of twice that requests of two acceptors were in.
+            "convoy.batch.id": f"{number:016x}",
+        }
+        if batch.size:
+            attributes["convoy.batch.size"] = batch.size
+        self._ids.trace_id, self._ids.span_id = batch.context.trace_id, batch.context.span_id
         self._tracer.start_span(
             "batch",
             _ROOT,
-            attributes={
-                "convoy.model.name": batch.model,
-                "convoy.model.version": batch.version,
-                "convoy.batch.size": batch.size,
-                # Acceptors tell of one batch each, where it had requests of several.
-                "convoy.batch.id": f"{number:016x}",
-            },
+            attributes=attributes,
             links=batch.links,
             start_time=batch.began_ns,
         ).end(batch.ended_ns)

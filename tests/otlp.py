@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -72,12 +73,19 @@ class Receiver:
         self.open = threading.Event()
         self.open.set()
         self._changed = threading.Condition()
+        self._asked = threading.Event()
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                with suppress(ConnectionError):  # who asks has given up
+                    self._answer()
+
+            def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.open.wait(TIMEOUT_S)
+                if not receiver.open.is_set():
+                    receiver._asked.set()
+                    receiver.open.wait(TIMEOUT_S)
                 if receiver.status == 200 and self.path == "/v1/traces":
                     receiver._take(ExportTraceServiceRequest.FromString(body))
                 self.send_response(receiver.status if self.path == "/v1/traces" else 404)
@@ -103,6 +111,10 @@ class Receiver:
         with self._changed:
             assert self._changed.wait_for(lambda: found(self.spans), TIMEOUT_S), self.spans
             return list(self.spans)
+
+    def wait_until_asked(self) -> None:
+        """Waits until someone waits for it to be `open`."""
+        assert self._asked.wait(TIMEOUT_S)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()

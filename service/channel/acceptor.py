@@ -161,7 +161,7 @@ class RemoteTicket:
     """A submitted request. All but `cancel` is for the channel, which holds the lock."""
 
     __slots__ = (
-        "answered", "batch", "batch_size", "batcher", "began", "deadline", "done", "ended",
+        "answered", "batch", "batch_s", "batch_size", "batcher", "began", "deadline", "done", "ended",
         "failed_rows", "outputs", "pieces", "pixels", "priority", "run_s", "taken", "total",
     )  # fmt: skip
 
@@ -174,7 +174,7 @@ class RemoteTicket:
         self.pixels, self.total = pixels, len(pixels)
         self.began = time.monotonic()
         self.taken = self.answered = self.batch = self.batch_size = self.failed_rows = 0
-        self.run_s = 0.0
+        self.run_s = self.batch_s = 0.0
         self.outputs: Outputs | None = None
         self.pieces: list[_Piece] = []  # that engines have
         self.ended = False
@@ -192,13 +192,20 @@ class RemoteTicket:
         self.done(Cancelled("the request was cancelled"))
 
     def take(
-        self, piece: _Piece, run_s: float, batch: int, batch_size: int, failed_rows: int
+        self,
+        piece: _Piece,
+        run_s: float,
+        batch_s: float,
+        batch: int,
+        batch_size: int,
+        failed_rows: int,
     ) -> Answer | InferenceFailed | None:
         """Copies the answers for a piece out of the shared memory; gives what to tell `done` where
         they were the last.
         """
         self.run_s += run_s
-        self.batch, self.batch_size = batch, max(self.batch_size, batch_size)
+        self.batch, self.batch_s = batch, batch_s
+        self.batch_size = max(self.batch_size, batch_size)
         self.failed_rows += failed_rows
         route = piece.route
         found: Outputs = np.ndarray(
@@ -217,7 +224,13 @@ class RemoteTicket:
             return InferenceFailed("the model failed on these images")
         queue_s = max(0.0, time.monotonic() - self.began - self.run_s)
         return Answer(
-            self.outputs, queue_s, self.run_s, self.batch_size, self.failed_rows, self.batch
+            self.outputs,
+            queue_s,
+            self.run_s,
+            self.batch_size,
+            self.failed_rows,
+            self.batch,
+            self.batch_s,
         )
 
     def end(self) -> None:
@@ -468,7 +481,7 @@ class Engines:
         pieces = link.pieces
         fault, news = "", False
         with self.lock:
-            for number, run_s, retry_after_s, batch, size, failed_rows, status in replies:
+            for number, run_s, batch_s, retry_s, batch, size, failed_rows, status in replies:
                 if number == NEWS:
                     news = True
                     continue
@@ -482,9 +495,9 @@ class Engines:
                     request.pieces.remove(piece)
                     outcome: Answer | ConvoyError | None
                     if status == OK:
-                        outcome = request.take(piece, run_s, batch, size, failed_rows)
+                        outcome = request.take(piece, run_s, batch_s, batch, size, failed_rows)
                     else:
-                        outcome = error_of(status, retry_after_s)
+                        outcome = error_of(status, retry_s)
                     if outcome is not None:
                         request.end()
                         told.append((request.done, outcome))

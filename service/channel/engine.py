@@ -107,10 +107,10 @@ class _Job:
     def done(self, outcome: Answer | Exception) -> None:
         """Replies. On whichever thread ends the request."""
         acceptor, memory, classes = self.acceptor, self.acceptor.memory, self.model.info.classes
-        status, run_s, retry_after_s, batch, size, failed_rows = OK, 0.0, 0.0, 0, 0, 0
+        status, run_s, batch_s, retry_after_s, batch, size, failed_rows = OK, 0.0, 0.0, 0.0, 0, 0, 0
         outputs: Outputs | float | None = None
         if isinstance(outcome, Answer):
-            outputs, _, run_s, size, failed_rows, batch = outcome
+            outputs, _, run_s, size, failed_rows, batch, batch_s = outcome
         elif (status := status_of(outcome)) == OK:
             outputs, failed_rows = math.nan, self.rows
         elif isinstance(outcome, Overloaded):
@@ -121,7 +121,9 @@ class _Job:
         # It is gone where the acceptor is.
         if acceptor.jobs.pop(self.number, None):
             acceptor.wire.put(
-                REPLY.pack(self.number, run_s, retry_after_s, batch, size, failed_rows, status)
+                REPLY.pack(
+                    self.number, run_s, batch_s, retry_after_s, batch, size, failed_rows, status
+                )
             )
             self.server.wake()
 
@@ -215,7 +217,7 @@ class EngineServer:
         self._publish()
         offers = [Offer(n, self._places[n], model.info) for n, model in self._models.items()]
         write_offers(self._page, offers)
-        news = REPLY.pack(NEWS, 0.0, 0.0, 0, 0, 0, OK)
+        news = REPLY.pack(NEWS, 0.0, 0.0, 0.0, 0, 0, 0, OK)
         for acceptor in self._acceptors.values():
             if acceptor.memory is not None:
                 acceptor.wire.put(news)
@@ -356,7 +358,7 @@ class EngineServer:
                 f"model {index}, deadline {deadline}"
             )
         if model is None:  # dropped, while the request was on its way
-            acceptor.wire.put(REPLY.pack(number, 0.0, 0.0, 0, 0, 0, status_of(NotReady())))
+            acceptor.wire.put(REPLY.pack(number, 0.0, 0.0, 0.0, 0, 0, 0, status_of(NotReady())))
             return
         job = jobs[number] = _Job(self, acceptor, model, number, offset, rows)
         try:

@@ -28,7 +28,7 @@ MAGIC = b"convoy"
 HELLO = struct.Struct("<6sH")
 WELCOME = struct.Struct("<6sHI")  # ..., where the times begin in the status page
 REQUEST = struct.Struct("<QdQqIIH")
-REPLY = struct.Struct("<QddQIIH")
+REPLY = struct.Struct("<QdddQIIH")
 SUBMIT, CANCEL = 0, 1
 OK = 0
 # The number of a reply that is none: what the status page says of the models has changed.

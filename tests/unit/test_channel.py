@@ -181,7 +181,7 @@ class Bare:
         self.socket.sendall(struct.pack("<QdQqIIH", number, deadline, offset, 0, rows, model, kind))
 
     def replies(self, count: int) -> list[tuple[int, int]]:
-        reply = struct.Struct("<QddQIIH")
+        reply = struct.Struct("<QdddQIIH")
         with self.socket.makefile("rb") as stream:
             data = stream.read(count * reply.size)
         return [(number, status) for number, *_, status in reply.iter_unpack(data)]
