@@ -298,7 +298,7 @@ class Rest:
             raise InvalidRequest(f"input {tensor.name!r}: more than {self._max_images} elements")
         try:
             texts = _TEXTS.decode(data.translate(None, b" \t\r\n") if data[1:2] == b"[" else data)
-        except msgspec.DecodeError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"input {tensor.name!r}, data: {error}") from None
         elements = (_element(tensor.name, each, coding) for each in texts)
         return b"".join(struct.pack("<I", len(each)) + each for each in elements)
@@ -389,7 +389,7 @@ def _parsed(kind: type[Any], body: bytes) -> Any:
         raise InvalidRequest(f"the JSON has more than {_MAX_FIELDS} fields")
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body: {error}") from None
     except RecursionError:
         raise InvalidRequest("the body: JSON that deep is not read") from None
@@ -435,7 +435,7 @@ def _pixels(name: str, data: bytes) -> Iterator[bytes]:
         part = data[at:to].translate(None, b"[] \t\r\n")
         try:
             yield bytes(_PIXELS.decode(b"[%b]" % part))
-        except msgspec.DecodeError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             raise InvalidRequest(
                 f"input {name!r}: the data of UINT8 are integers from 0 to 255"
             ) from None
