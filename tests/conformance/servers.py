@@ -13,6 +13,7 @@ from tests.integration.models import add_colours, add_slow
 from training.add import add
 from training.settings import AddSettings
 
+HTTP = ("--http-port", "0")
 OPEN = ("--allow-repository-control", "--allow-shared-memory")
 
 # As `colours`, of images so large that 21 of them are 63 MB.
@@ -52,5 +53,5 @@ def place_of(server: Server) -> dict[str, str]:
 @contextmanager
 def serving(models: Path) -> Iterator[dict[str, dict[str, str]]]:
     """Two servers: one as it is by default, one that takes orders and shared memory."""
-    with Server(models=models) as closed, Server(*OPEN, models=models) as opened:
+    with Server(*HTTP, models=models) as closed, Server(*HTTP, *OPEN, models=models) as opened:
         yield {"closed": place_of(closed.ready()), "opened": place_of(opened.ready())}
