@@ -134,9 +134,10 @@ def test_classify_without_a_server_says_how_to_start_one(pictures: Path) -> None
 
 
 def test_health_says_how_a_server_is(server: Server) -> None:
-    asked = [convoy("health", CONVOY_PORT=str(server.port))]
+    patient = ("--timeout-s", str(TIMEOUT_S))
+    asked = [convoy("health", *patient, CONVOY_PORT=str(server.port))]
     asked += [
-        convoy("health", "--server", server.target, "--service", service)
+        convoy("health", *patient, "--server", server.target, "--service", service)
         for service in ("", "digits", "cats")
     ]
     assert [each.returncode for each in asked] == [0, 0, 0, 1]

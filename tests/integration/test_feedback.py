@@ -112,6 +112,9 @@ def test_workers_keep_what_they_are_asked_in_one_folder(
         # Each time another connection, so that both acceptors get some.
         for start in range(0, 64, 2):
             ask(server, shown[start : start + 2], by=1)
+        server.wait_for_metric(
+            'convoy_feedback_images_total{model="colours",outcome="written"}', 64
+        )
     names = {file.name.rpartition("-")[0] for file in feedback.iterdir()}
     assert len({name.rpartition("-")[2] for name in names}) == 2, names
     kept = [row for file in feedback.iterdir() for row in parquet.read_table(file).to_pylist()]

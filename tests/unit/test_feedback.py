@@ -115,7 +115,7 @@ def keep(tmp_path: Path, metrics: Metrics) -> Iterator[Callable[..., Feedback]]:
 
     yield make
     for feedback in made:
-        feedback.close()
+        feedback.close(TIMEOUT_S)
 
 
 def test_unsure_rows_are_kept_with_image_and_answer(
@@ -130,7 +130,7 @@ def test_unsure_rows_are_kept_with_image_and_answer(
         )
     )
     feedback.observe(answered([shown[2]]))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
 
     first, second = rows(tmp_path / "kept")
     assert set(first) == set(schema().names)
@@ -157,7 +157,7 @@ def test_pixels_become_png_files_of_the_same_pixels(
     shown = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
     feedback = keep()
     feedback.observe(answered([shown], [True]))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     (row,) = rows(tmp_path / "kept")
     with Image.open(io.BytesIO(row["image"])) as image:
         assert np.array_equal(np.asarray(image).reshape(shown.shape), shown)
@@ -170,7 +170,7 @@ def test_a_share_of_requests_is_kept_whole(
     feedback, requests = keep(share=0.3), 2000
     for number in range(requests):
         feedback.observe(answered([b"%d first" % number, b"%d second" % number]))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     kept = [row["image"].split() for row in rows(tmp_path / "kept")]
     assert [number for number, which in kept if which == b"first"] == [
         number for number, which in kept if which == b"second"
@@ -187,7 +187,7 @@ def test_an_image_that_the_model_failed_on_is_not_kept(
     feedback, answer = keep(share=1.0), answered([b"good", b"bad"])
     answer.probabilities[1] = np.nan
     feedback.observe(answer)
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     assert [row["image"] for row in rows(tmp_path / "kept")] == [b"good"]
     assert outcomes(metrics) == {"written": 1}
 
@@ -262,7 +262,7 @@ def test_a_disk_that_is_full_loses_nothing_until_too_much_waits(
     dropped = outcomes(metrics)
     full.clear()
     wait_until(lambda: "written" in outcomes(metrics))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     assert outcomes(metrics) == {**dropped, "written": sent - sum(dropped.values())}
     assert len(rows(tmp_path / "kept")) == outcomes(metrics)["written"]
     assert [record.levelname for record in caplog.records] == ["INFO", "ERROR", "INFO"]
@@ -297,7 +297,7 @@ def test_what_goes_wrong_with_one_request_is_counted_and_costs_no_other(
     of_no_kind = np.zeros((4, 4, 5), np.uint8)
     for image in (b"first", of_no_kind, of_no_kind, b"last"):
         feedback.observe(answered([image], [True]))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     assert [row["image"] for row in rows(tmp_path / "kept")] == [b"first", b"last"]
     assert outcomes(metrics) == {"written": 2, "lost": 2}
     assert len(caplog.records) == 1
@@ -333,7 +333,7 @@ def test_the_oldest_files_are_deleted_beyond_the_bound_and_nothing_else(
         # Two stores on one folder, as in two processes.
         for one in (keep(most_bytes=400_000), keep(most_bytes=400_000)):
             one.observe(answered([b"%d " % number + os.urandom(30_000)], [True]))
-            one.close()
+            one.close(TIMEOUT_S)
     ours = [file for file in kept.iterdir() if file != theirs]
     assert 300_000 < sum(file.stat().st_size for file in ours) <= 400_000
     assert theirs.exists()
@@ -363,7 +363,7 @@ def test_what_a_killed_process_leaves_is_no_file_for_readers_and_goes_in_time(
     kept = tmp_path / "kept"
     first = keep()
     first.observe(answered([png(pictures(1)[0])], [True]))
-    first.close()
+    first.close(TIMEOUT_S)
     (whole,) = kept.iterdir()
     other = whole.with_name(whole.name.replace(str(os.getpid()), "1"))
     killed = subprocess.run([sys.executable, "-c", KILLED, str(other)])
@@ -372,11 +372,11 @@ def test_what_a_killed_process_leaves_is_no_file_for_readers_and_goes_in_time(
     assert left.read_bytes()
     assert export(kept, tmp_path / "out") == Exported({"cat": 1}, 0, 0, [])
 
-    keep().close()
+    keep().close(TIMEOUT_S)
     assert left.exists()
     old = time.time() - 2 * store._ABANDONED_S
     os.utime(left, (old, old))
-    keep().close()
+    keep().close(TIMEOUT_S)
     assert list(kept.iterdir()) == [whole]
 
 
@@ -385,7 +385,7 @@ def test_what_is_kept_is_labelled_by_moving_files_and_then_trained_on(
 ) -> None:
     feedback, shown = keep(), [png(each) for each in pictures(40)]
     feedback.observe(answered(shown, [True] * 40, dogs=[number % 2 == 0 for number in range(40)]))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     kept, out = tmp_path / "kept", tmp_path / "out"
     assert export(kept, out) == Exported({"cat": 20, "dog": 20}, 0, 0, [])
 
@@ -397,7 +397,7 @@ def test_what_is_kept_is_labelled_by_moving_files_and_then_trained_on(
     # What a person has decided stays, though the next version says otherwise, and more comes.
     more = keep()
     more.observe(answered([shown[0], png(pictures(1, seed=1)[0])], [True] * 2, dogs=[True, True]))
-    more.close()
+    more.close(TIMEOUT_S)
     assert export(kept, out) == Exported({"dog": 1}, 40, 0, [])
     assert (out / "cat" / f"{wrong}.png").read_bytes() == shown[0]
 
@@ -421,7 +421,7 @@ def test_labels_that_come_from_elsewhere_decide(
 ) -> None:
     feedback, shown = keep(), [png(each) for each in pictures(3)]
     feedback.observe(answered(shown, [True] * 3))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     kept, out = tmp_path / "kept", tmp_path / "out"
     first, second, third = (hashlib.sha256(each).hexdigest() for each in shown)
     assert export(kept, out).written == {"cat": 3}
@@ -453,7 +453,7 @@ def test_export_takes_one_model_and_what_is_unsure_if_asked(
     shown, feedback = [png(each) for each in pictures(4)], keep(share=1.0)
     feedback.observe(answered(shown[:3], [False, True, False]))
     feedback.observe(answered(shown[3:], by=served("birds", 1, ("..", "owl"))))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     kept = tmp_path / "kept"
     with pytest.raises(
         ConvoyError, match="several models: name one with --model; there is birds, "
@@ -475,7 +475,7 @@ def test_a_damaged_file_is_named_and_the_others_are_exported(
     for each in pictures(2):
         one = keep()
         one.observe(answered([png(each)], [True]))
-        one.close()
+        one.close(TIMEOUT_S)
     damaged = min((tmp_path / "kept").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-20])
     done = export(tmp_path / "kept", tmp_path / "out")
@@ -492,7 +492,7 @@ def test_an_image_is_deleted_by_its_sha256_from_all_files(
     for some in ([shown[0]], [shown[0], shown[1], shown[0], shown[2]], [shown[2]]):
         one = keep(share=1.0)
         one.observe(answered(some))
-        one.close()
+        one.close(TIMEOUT_S)
     kept = tmp_path / "kept"
     digest = hashlib.sha256(shown[0]).hexdigest()
     assert delete(kept, [digest.upper()]) == 3
@@ -510,7 +510,7 @@ def test_the_commands_say_what_they_have_done(
 ) -> None:
     feedback, shown = keep(share=1.0), [png(each) for each in pictures(4)]
     feedback.observe(answered(shown, [True] * 3 + [False], dogs=[True, False, False, False]))
-    feedback.close()
+    feedback.close(TIMEOUT_S)
     kept, out, truth = tmp_path / "kept", tmp_path / "out", tmp_path / "truth.csv"
     digests = [hashlib.sha256(each).hexdigest() for each in shown]
     truth.write_text(f"sha256,label\n{digests[0]},cat\n{digests[3]},cat\n")
