@@ -267,7 +267,7 @@ class Front:
                 code = _STATUS[type(error)]
                 self.metrics.finished(exchange.method.rpartition("/")[2], "", code.name, 0.0)
                 if trace := self.trace(exchange, time.monotonic()):
-                    trace.end_rpc(code.name, "")
+                    trace.end(code.name, "")
                 exchange.refuse(code.value[0], str(error), trailers_of(error))
                 return
         self._calls += 1
@@ -278,7 +278,9 @@ class Front:
         """Of a request that `arrived` then; None where it is not traced."""
         if self.tracing is None:
             return None
-        return self.tracing.rpc(exchange.method, exchange.metadata, arrived)
+        if exchange.http is None:
+            return self.tracing.rpc(exchange.method, exchange.metadata, arrived)
+        return self.tracing.http(*exchange.http, exchange.metadata)
 
     def refusal(self, deadline: float | None) -> errors.ConvoyError | None:
         """Why no more work is taken on; None where it is."""
@@ -458,7 +460,7 @@ class _Unary(Call):
         if not route.always:
             whole_s = front.ended(self, code)
             if self.trace is not None:
-                self.trace.end_rpc(code.name, self.model)
+                self.trace.end(code.name, self.model)
         front.metrics.finished(route.name, self.model, code.name, whole_s)
 
 
@@ -595,7 +597,7 @@ class _Stream:
         whole_s = front.ended(call, code)
         front.metrics.finished(route.name, call.model, code.name, whole_s)
         if call.trace is not None:
-            call.trace.end_rpc(code.name, call.model)
+            call.trace.end(code.name, call.model)
         if self._exchange.gone or self._ended:
             self._owed -= 1
             self._owed_bytes -= size

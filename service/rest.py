@@ -114,6 +114,7 @@ class Rest:
         for route, pattern in _PATTERNS:
             if match := pattern.fullmatch(request.path):
                 if route.verb == verb:
+                    request.route = route.path
                     return await route.answer(self, request, match.groupdict())
                 allowed.append(route.verb)
         if allowed:

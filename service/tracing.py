@@ -75,7 +75,8 @@ class Trace:
 
     __slots__ = (
         "answer", "arrived", "attributes", "decoded_at", "decodes_at", "ended", "error", "images",
-        "keep", "model", "name", "parent", "queued_at", "trace_id", "version",
+        "keep", "model", "name", "parent", "queued_at", "statuses", "trace_id",
+        "version",
     )  # fmt: skip
 
     def __init__(
@@ -86,12 +87,13 @@ class Trace:
         parent: SpanContext,
         arrived: float,
         keep: "Callable[[Trace], None]",
+        statuses: Mapping[str, int] | None = None,
     ) -> None:
-        """`keep` takes it when it has ended."""
+        """`keep` takes it when it has ended. `statuses` are those of HTTP, where it came that way."""
         self.name, self.attributes = name, dict(attributes)
         self.trace_id, self.parent = trace_id, parent
         self.arrived, self.ended = arrived, arrived
-        self.keep = keep
+        self.keep, self.statuses = keep, statuses
         self.model, self.error = "", ""
         self.version = self.images = 0
         # 0: it did not get so far.
@@ -116,19 +118,17 @@ class Trace:
     def answered(self, answer: Answer) -> None:
         self.answer = answer._replace(outputs=_NOTHING)
 
-    def end_rpc(self, code: str, model: str) -> None:
-        """A call of gRPC has ended with the status of this name; `model` as far as that is known."""
-        self._end("rpc.response.status_code", code, code if code in _ERRORS else "", model)
-
-    def end_http(self, status: int, model: str) -> None:
-        """A request of HTTP was answered with this status; `model` as far as that is known."""
-        error = str(status) if status >= 500 else ""
-        self._end("http.response.status_code", status, error, model)
-
-    def _end(self, attribute: str, code: str | int, error: str, model: str) -> None:
+    def end(self, code: str, model: str) -> None:
+        """It has ended with the status of gRPC of this name; `model` as far as that is known."""
         self.ended = time.monotonic()
-        self.attributes[attribute] = code
-        self.error, self.model = error, self.model or model
+        self.model = self.model or model
+        if self.statuses is None:
+            self.attributes["rpc.response.status_code"] = code
+            self.error = code if code in _ERRORS else ""
+        else:
+            status = self.statuses.get(code, 500)
+            self.attributes["http.response.status_code"] = status
+            self.error = str(status) if status >= 500 else ""
         self.keep(self)
 
 
@@ -161,7 +161,7 @@ class Tracing:
 
     def rpc(self, path: str, headers: Headers, arrived: float) -> Trace | None:
         """Begins the trace of a call that `arrived` then, of a method that there is: "/package.Service
-        /Method". None where it is not sampled; else its `end_rpc` ends it.
+        /Method". None where it is not sampled; else its `end` ends it.
         """
         attributes = self._calls.get(path)
         if attributes is None:
@@ -170,29 +170,31 @@ class Tracing:
         return self._begin(path[1:], attributes, headers, arrived)
 
     def http(
-        self, method: str, route: str, path: str, scheme: str, headers: Headers, arrived: float
+        self,
+        verb: str,
+        path: str,
+        route: str,
+        scheme: str,
+        arrived: float,
+        statuses: Mapping[str, int],
+        headers: Headers,
     ) -> Trace | None:
-        """Begins the trace of a request of HTTP that `arrived` then; None where it is not sampled.
-
-        `route` is the path with the names of its parameters, "/v2/models/{model}/infer": by it spans
-        are named. The trace goes into `Call.trace`, so that the stages are noted:
-
-            if tracing is not None:
-                call.trace = tracing.http("POST", route, path, "http", headers, call.arrived)
-            ...  # the handler, and the answer
-            if call.trace is not None:
-                call.trace.end_http(200, call.model)
-        """
+        """As `rpc`, of a call that came over HTTP: see `transport.Http`."""
         attributes = {
-            "http.request.method": method,
+            "http.request.method": verb,
             "http.route": route,
             "url.path": path,
             "url.scheme": scheme,
         }
-        return self._begin(f"{method} {route}", attributes, headers, arrived)
+        return self._begin(f"{verb} {route}", attributes, headers, arrived, statuses)
 
     def _begin(
-        self, name: str, attributes: Attributes, headers: Headers, arrived: float
+        self,
+        name: str,
+        attributes: Attributes,
+        headers: Headers,
+        arrived: float,
+        statuses: Mapping[str, int] | None = None,
     ) -> Trace | None:
         context, parent = _ROOT, INVALID_SPAN_CONTEXT
         for key, _ in headers:
@@ -204,7 +206,7 @@ class Tracing:
         found = self._sampler.should_sample(context, trace_id, name, SpanKind.SERVER, attributes)
         if not found.decision.is_sampled():
             return None
-        return Trace(name, attributes, trace_id, parent, arrived, self._keep)
+        return Trace(name, attributes, trace_id, parent, arrived, self._keep, statuses)
 
     def _keep(self, trace: Trace) -> None:
         if len(self._waiting) < _MOST_WAITING:

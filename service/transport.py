@@ -17,11 +17,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -61,6 +61,19 @@ def ignore(_: object = None) -> None:
     """A callback of those who do not want to know."""
 
 
+class Http(NamedTuple):
+    """The request that a call was made of: its method, its path, that with the parameters' names, the
+    scheme, when it `arrived`, and with which status each of gRPC's is answered.
+    """
+
+    verb: str
+    path: str
+    route: str
+    scheme: str
+    arrived: float
+    statuses: Mapping[str, int]
+
+
 class Exchange(ABC):
     """One call: messages in, messages and a status out.
 
@@ -70,6 +83,9 @@ class Exchange(ABC):
     """
 
     __slots__ = ("_due", "deadline", "gone", "metadata", "method", "on_closed", "on_gone")
+
+    # Of those that came over HTTP.
+    http: Http | None = None
 
     def __init__(self, method: str, deadline: float | None, metadata: Any) -> None:
         self.method, self.deadline, self.metadata = method, deadline, metadata

@@ -31,7 +31,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service import errors
 from service.front import status_of, trailers_of
 from service.settings import Settings
-from service.transport import Exchange, Loop, Trailers, ignore
+from service.transport import Exchange, Http, Loop, Trailers, ignore
 
 log = logging.getLogger("convoy.web")
 
@@ -54,6 +54,7 @@ _HTTP_STATUS = {
     Code.UNAVAILABLE: 503,
     Code.INTERNAL: 500,
 }
+_BY_NAME = {code.name: status for code, status in _HTTP_STATUS.items()}
 HTTP_STATUS = {code.value[0]: status for code, status in _HTTP_STATUS.items()}
 
 # How long the head of a request may take in all, and what is left of a body that nobody wants; how
@@ -123,6 +124,9 @@ class Request:
         self.arrived = time.monotonic()
         self.verb: str = scope["method"]
         self.path: str = scope["path"]
+        # The path with the names of its parameters, once that is known.
+        self.route = ""
+        self.scheme: str = scope["scheme"]
         self.metadata = [
             (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
         ]
@@ -210,11 +214,14 @@ class _Call(Exchange):
     loop of HTTP; all else is called on the transport's thread.
     """
 
-    __slots__ = ("_http", "_then", "begun", "outcome", "over")
+    __slots__ = ("_http", "_then", "begun", "http", "outcome", "over")
 
     def __init__(self, method: str, request: Request, http: asyncio.AbstractEventLoop) -> None:
         super().__init__(method, request.deadline, request.metadata)
         self._http = http
+        self.http = Http(
+            request.verb, request.path, request.route, request.scheme, request.arrived, _BY_NAME
+        )
         # A status, its words and trailers, or the serialised answer.
         self.outcome: asyncio.Future[bytes | tuple[int, str, Trailers]] = http.create_future()
         self._then: Callable[[bytes | None], None] = ignore
