@@ -69,11 +69,11 @@ class Receiver:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
-        self.status = 200
+        self.status, self.asked = 200, 0
         self.open = threading.Event()
         self.open.set()
         self._changed = threading.Condition()
-        self._asked = threading.Event()
+        self._waited_for = threading.Event()
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -83,8 +83,9 @@ class Receiver:
 
             def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.asked += 1
                 if not receiver.open.is_set():
-                    receiver._asked.set()
+                    receiver._waited_for.set()
                     receiver.open.wait(TIMEOUT_S)
                 if receiver.status == 200 and self.path == "/v1/traces":
                     receiver._take(ExportTraceServiceRequest.FromString(body))
@@ -114,7 +115,7 @@ class Receiver:
 
     def wait_until_asked(self) -> None:
         """Waits until someone waits for it to be `open`."""
-        assert self._asked.wait(TIMEOUT_S)
+        assert self._waited_for.wait(TIMEOUT_S)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()

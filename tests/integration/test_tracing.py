@@ -2,6 +2,7 @@
 
 import secrets
 import time
+import urllib.request
 from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from protos import classifier_pb2
 from protos import inference_pb2 as pb
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
-from tests.integration.pictures import encoded, noise, raw
+from tests.integration.pictures import encode, encoded, noise, raw
 from tests.integration.test_inference_protocol import infer_request, raw_bytes, raw_pixels
 from tests.otlp import Kind, Receiver, Span
 
@@ -85,7 +86,7 @@ def test_requests_and_the_batches_they_ran_in_are_spans_of_their_callers_traces(
                 response = answer.result()
                 if number % 3:
                     receipts[caller.trace] = caller, count, response
-        stream, broken, unknown, silent = (Caller() for _ in range(4))
+        stream, broken, unknown, silent, web = (Caller() for _ in range(5))
         inference, classifier = inference_on(channels[0]), classifier_on(channels[0])
         # Of nobody's trace: one of its own.
         images = [raw(image) for image in noise(1, 2, (8, 8, 1))]
@@ -105,7 +106,14 @@ def test_requests_and_the_batches_they_ran_in_are_spans_of_their_callers_traces(
             inference.ModelInfer(pb.ModelInferRequest(model_name="?"), metadata=unknown.metadata)
         # What asks for no work is not traced, whoever asks.
         assert inference.ServerReady(pb.ServerReadyRequest(), metadata=silent.metadata).ready
-        after, expected = time.time_ns(), len(receipts) + 5
+        request_http = urllib.request.Request(
+            f"http://127.0.0.1:{server.http_port}/v1/classify?model=colours",
+            encode(noise(3, 1, (4, 4, 3))[0]),
+            {"Content-Type": "image/png", **dict(web.metadata)},
+        )
+        with urllib.request.urlopen(request_http, timeout=TIMEOUT_S) as response:
+            assert response.status == 200
+        after, expected = time.time_ns(), len(receipts) + 6
 
         def all_there(spans: list[Span]) -> bool:
             served = [span for span in spans if span.kind == Kind.SPAN_KIND_SERVER]
@@ -125,8 +133,9 @@ def test_requests_and_the_batches_they_ran_in_are_spans_of_their_callers_traces(
     for span in served.values():
         of_trace[span.trace].append(span)
         assert before <= span.began <= span.ended <= after
-        assert span.attributes["rpc.system.name"] == "grpc"
-        assert span.attributes["rpc.method"] == span.name
+        if span.trace != web.trace:
+            assert span.attributes["rpc.system.name"] == "grpc"
+            assert span.attributes["rpc.method"] == span.name
         assert span.resource["service.name"] == "convoy"
         assert span.resource["deployment.environment.name"] == "tests"
 
@@ -152,7 +161,7 @@ def test_requests_and_the_batches_they_ran_in_are_spans_of_their_callers_traces(
         ran[batch].append(span)
 
     batches = {(span.trace, span.id): span for span in spans if span.name == "batch"}
-    assert sum(len(batch.links) for batch in batches.values()) == len(receipts) + 3
+    assert sum(len(batch.links) for batch in batches.values()) == len(receipts) + 4
     for ids, requests in ran.items():
         batch = batches[ids]
         assert not batch.parent
@@ -188,6 +197,10 @@ def test_requests_and_the_batches_they_ran_in_are_spans_of_their_callers_traces(
     (span,) = of_trace.pop(unknown.trace)
     assert span.attributes["rpc.response.status_code"] == "NOT_FOUND"
     assert not stages(spans, span)
+    (span,) = of_trace.pop(web.trace)
+    assert (span.name, span.parent) == ("POST /v1/classify", web.id)
+    assert span.attributes["http.response.status_code"] == 200
+    assert list(stages(spans, span)) == ["decode", "queue", "run"]
     ((span,),) = of_trace.values()
     assert (span.name, span.parent) == (CLASSIFY, "")
     assert list(stages(spans, span)) == ["queue", "run"]
