@@ -388,8 +388,9 @@ class _CoreExchange(Exchange):
             then()
             self._done()
 
-        # "more" is a hint that the write may be buffered.
-        send = self._core.SendMessageOperation(message, 1 if more else 0)
+        # "more" is a hint that the write may be buffered. The first one would then never be over, as
+        # its metadata wait for the next, which waits for this.
+        send = self._core.SendMessageOperation(message, 1 if more and self._told else 0)
         self._start((*self._opening(), send), sent)
 
     def end(

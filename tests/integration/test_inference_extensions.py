@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -145,16 +146,23 @@ def test_a_stream_answers_in_order_and_survives_errors(inference: Any) -> None:
 
 
 def test_a_fast_answer_of_a_stream_waits_for_the_slow_one_before_it(slow_server: Server) -> None:
+    answered = threading.Event()
+
     def requests() -> Iterator[Request]:
-        for name, image in (("slow", SLOW_IMAGE), ("fast", FAST_IMAGE)):
+        for name, image in (("slow", SLOW_IMAGE), ("wrong", FAST_IMAGE[:1]), ("fast", FAST_IMAGE)):
             request = infer_request("slow", "image")
             request.id = name
             raw_pixels(request, image[np.newaxis])
             yield request
+        # Answers are sent on, whether more is to come or not.
+        answered.wait(TIMEOUT_S)
 
     with slow_server.channel() as channel:
         call = inference_on(channel).ModelStreamInfer(requests(), timeout=TIMEOUT_S)
-        assert [answer.infer_response.id for answer in call] == ["slow", "fast"]
+        told = [next(call).infer_response.id for _ in range(3)]
+        answered.set()
+        assert told == ["slow", "wrong", "fast"]
+        assert next(call, None) is None
 
 
 def test_an_error_ends_a_stream_whose_caller_asks_for_that(inference: Any) -> None:
