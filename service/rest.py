@@ -232,7 +232,8 @@ class Rest:
             return self._infer_request(request, path, body, asked)
 
         answer = await self.web.call(request, f"/{_INFERENCE}/ModelInfer", make)
-        return await self.web.aside(len(answer), lambda: _infer_reply(answer, asked))
+        reply = await self.web.aside(len(answer), lambda: _infer_reply(answer, asked))
+        return reply._replace(packs=True)
 
     def _infer_request(
         self, request: Request, path: Mapping[str, str], body: bytes, asked: "_Outputs"

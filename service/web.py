@@ -88,6 +88,9 @@ class Reply(NamedTuple):
     body: bytes
     kind: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
+    # May be compressed for who asks for it. Only answers to inference are, as Triton's: tritonclient's
+    # asyncio asks for it in every request, and reads no others.
+    packs: bool = False
 
 
 class Refused(Exception):
@@ -557,7 +560,9 @@ class Web:
         finally:
             self._release(request)
         headers = [(name.encode(), value.encode()) for name, value in reply.headers]
-        body, coding = await self._packed(request, reply.body)
+        body, coding = reply.body, ""
+        if reply.packs:
+            body, coding = await self._packed(request, body)
         if coding:
             headers += [(b"content-encoding", coding.encode()), (b"vary", b"accept-encoding")]
         headers += [

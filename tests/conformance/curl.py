@@ -139,7 +139,7 @@ class Curl(Client):
         status = first.split()[1]
         if status != "200":
             assert found["content-type"].startswith("application/json"), found
-            raise Refused(status, json.loads(done.stdout)["error"])
+            raise Refused(status, json.loads(done.stdout).get("error", ""))
         return done.stdout, found
 
     def said(self, path: str, body: Any = None) -> Any:
