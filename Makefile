@@ -39,6 +39,10 @@ test: install ## Run all tests but those of deploy/
 unit: install ## Run the tests that take seconds
 	$(BIN)/pytest tests/unit
 
+.PHONY: conformance
+conformance: install ## Try clients that others wrote on a real server, and write docs/conformance.md
+	$(BIN)/python -m tests.conformance.matrix
+
 .PHONY: deploy-test
 deploy-test: install ## Prove deploy/ with kubectl, nginx, ...: what is missing is told, and skipped
 	$(BIN)/pytest tests/deploy
