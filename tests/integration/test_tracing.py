@@ -64,7 +64,13 @@ def test_requests_and_the_batches_they_ran_in_are_spans_of_their_callers_traces(
     with (
         Receiver() as receiver,
         Server(
-            "--otlp-endpoint", receiver.url, *processes, models=models, variables=variables
+            "--otlp-endpoint",
+            receiver.url,
+            "--http-port",
+            "0",
+            *processes,
+            models=models,
+            variables=variables,
         ) as server,
     ):
         server.ready()
