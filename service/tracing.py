@@ -25,7 +25,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision
 from opentelemetry.trace import (
     INVALID_SPAN_CONTEXT,
     Link,
@@ -204,7 +204,7 @@ class Tracing:
                 break
         trace_id = parent.trace_id if parent.is_valid else self._ids.generate_trace_id()
         found = self._sampler.should_sample(context, trace_id, name, SpanKind.SERVER, attributes)
-        if not found.decision.is_sampled():
+        if found.decision is not Decision.RECORD_AND_SAMPLE:
             return None
         return Trace(name, attributes, trace_id, parent, arrived, self._keep, statuses)
 
@@ -220,7 +220,7 @@ class Tracing:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.warning("traces were not all sent to %s in %.1f s", self._url, timeout_s)
-            self._exporter.shutdown()  # it does not try again
+            self._exporter.shutdown()  # type: ignore[no-untyped-call] # it does not try again
 
     # All below is done on the thread.
 
@@ -237,7 +237,7 @@ class Tracing:
             if not self._failing:
                 self._send(0, all_batches=True)
             self._metrics.traces("failed", len(self._waiting))
-            self._exporter.shutdown()
+            self._exporter.shutdown()  # type: ignore[no-untyped-call]
 
     def _send(self, most: int, *, all_batches: bool = False) -> None:
         traces = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
@@ -453,7 +453,7 @@ def _traces_url(endpoint: str) -> str:
 
 def _resource() -> Resource:
     """Who says it: OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go before what we know."""
-    ours = {
+    ours: dict[str, str | int] = {
         "service.name": "convoy",
         "service.version": metadata.version("convoy-serving"),
         "service.instance.id": str(uuid.uuid4()),

@@ -163,8 +163,8 @@ def test_requests_and_the_batches_they_ran_in_are_spans_of_their_callers_traces(
         for stage, name in (run, "run_s"), (queue, "queue_s"):
             took_s = times[name].double_param
             assert stage.ended - stage.began == pytest.approx(1e9 * took_s, abs=2000)
-        (batch,) = run.links
-        ran[batch].append(span)
+        (link,) = run.links
+        ran[link].append(span)
 
     batches = {(span.trace, span.id): span for span in spans if span.name == "batch"}
     assert sum(len(batch.links) for batch in batches.values()) == len(receipts) + 4
@@ -176,7 +176,7 @@ def test_requests_and_the_batches_they_ran_in_are_spans_of_their_callers_traces(
         rows = 0
         for span in requests:
             run = stages(spans, span)["run"]
-            assert run.ended == pytest.approx(batch.ended, abs=50_000_000)
+            assert abs(run.ended - batch.ended) < 1e9
             spare = (run.ended - run.began) - (batch.ended - batch.began)
             if abs(spare) < 2000:
                 rows += span.attributes["convoy.images"]
