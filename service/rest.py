@@ -23,7 +23,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from protos import classifier_pb2, inference_pb2
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, Unsupported
 from service.settings import Settings
 from service.transport import Loop
 from service.web import HTTP_STATUS, Refused, Reply, Request, Web, refusal
@@ -43,6 +43,11 @@ _VALUES, _VALUES_BYTES = 16_384, 65_536
 # What the protocols never need more of, however many images come: what JSON of many megabytes could
 # else have parsed into millions of objects.
 _MAX_FIELDS = 10_000
+
+# What else Triton has.
+_UNOFFERED = re.compile(
+    r"/v2/((cudasharedmemory|logging|trace)(/.*)?|models/.*/(generate|generate_stream|trace/setting))"
+)
 
 _INTEGER = re.compile(r"[0-9]{1,18}")
 
@@ -121,6 +126,8 @@ class Rest:
             raise Refused(
                 405, f"{request.path} takes {', '.join(allowed)}", ("allow", ", ".join(allowed))
             )
+        if _UNOFFERED.fullmatch(request.path):
+            raise Unsupported(f"{request.path[:100]} is not offered here")
         raise Refused(404, f"there is nothing at {request.path[:100]}: see /docs")
 
     async def _ask(self, request: Request, method: str, message: Message) -> bytes:
@@ -221,6 +228,11 @@ class Rest:
         return _json({})
 
     async def card_memory_unregister(self, request: Request, path: Mapping[str, str]) -> Reply:
+        message = inference_pb2.CudaSharedMemoryUnregisterRequest(name=path.get("region", ""))
+        await self._ask(request, "CudaSharedMemoryUnregister", message)
+        return _json({})
+
+    async def cuda_unregister(self, request: Request, path: Mapping[str, str]) -> Reply:
         message = inference_pb2.CudaSharedMemoryUnregisterRequest(name=path.get("region", ""))
         await self._ask(request, "CudaSharedMemoryUnregister", message)
         return _json({})
@@ -654,6 +666,8 @@ def _routes() -> Iterator[Route]:
     )
     for memory in ("/v2/cudasharedmemory", "/v2/cudasharedmemory/region/{region}"):
         yield Route("POST", f"{memory}/unregister", Rest.card_memory_unregister, "Does nothing")
+    for memory in ("/v2/cudasharedmemory", "/v2/cudasharedmemory/region/{region}"):
+        yield Route("POST", f"{memory}/unregister", Rest.cuda_unregister, "There is none to forget")
     yield Route("GET", "/openapi.json", Rest.openapi, "This description, as OpenAPI")
     yield Route("GET", "/docs", Rest.page, "This description, for people", "", "page")
 

@@ -269,6 +269,8 @@ def with_input(**changes: Any) -> dict[str, Any]:
 
 ERRORS: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("no such path", "/v2/nothing", None, {}, 404, "/docs"),
+    ("not offered", "/v2/models/digits/generate", {}, {}, 501, "not offered"),
+    ("memory of a card", "/v2/cudasharedmemory/region/x/register", {}, {}, 501, "not offered"),
     ("another verb", INFER, None, {}, 405, "POST"),
     ("no such model", "/v2/models/none/infer", GOOD, {}, 404, "no model 'none'"),
     ("no such version", "/v2/models/digits/versions/9/infer", GOOD, {}, 404, "9"),
