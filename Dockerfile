@@ -6,7 +6,7 @@
 #   train       convoy:train  convoy train, with TensorFlow; all other commands, too
 #
 # user        10001:10001, no root anywhere; nothing is setuid, there is no compiler and no pip of ours
-# ports       8001 gRPC, 8002 /metrics, /healthz, /readyz
+# ports       8000 HTTP, 8001 gRPC, 8002 /metrics, /healthz, /readyz
 # /models     CONVOY_MODELS: the models that come with Convoy; mount your own over it
 # /cache      HOME: copies of models from object stores, decoded images, TensorRT's engines, checkpoints
 # read-only   the root file system may be. Then give it a tmpfs or volume at /tmp (sockets of --engines,
@@ -122,7 +122,7 @@ COPY --from=packages /opt/convoy /opt/convoy
 COPY --chown=10001:10001 models /models
 COPY --from=app /app /opt/convoy
 USER 10001:10001
-EXPOSE 8001 8002
+EXPOSE 8000 8001 8002
 # Process 1, without a shell between: SIGTERM reaches it.
 ENTRYPOINT ["convoy"]
 CMD ["serve"]
@@ -140,7 +140,7 @@ COPY --from=packages-gpu /opt/convoy /opt/convoy
 COPY --chown=10001:10001 models /models
 COPY --from=app-gpu /app /opt/convoy
 USER 10001:10001
-EXPOSE 8001 8002
+EXPOSE 8000 8001 8002
 ENTRYPOINT ["convoy"]
 CMD ["serve"]
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["convoy", "health"]

@@ -99,7 +99,7 @@ class Nginx:
     def __init__(self, ports: list[int], folder: Path, tools: Path) -> None:
         self._program = found("nginx", "the package nginx-light of Debian")
         self._ports, self._file = ports, folder / "nginx.conf"
-        [self._port] = free_ports(1)
+        self._port, self._http_port = free_ports(2)
         self.target = f"127.0.0.1:{self._port}"
         self._write(None)
         command = [self._program, "-p", str(folder), "-c", str(self._file), "-g", "daemon off;"]
@@ -117,6 +117,7 @@ class Nginx:
         assert replaced == 1
         folder = self._file.parent
         for before, after in (
+            ("listen 8000", f"listen 127.0.0.1:{self._http_port}"),
             ("listen 8001", f"listen 127.0.0.1:{self._port}"),
             ("pid /run/nginx.pid", f"pid {folder}/nginx.pid"),
             ("worker_processes auto", "worker_processes 1"),

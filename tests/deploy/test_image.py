@@ -24,6 +24,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 import pytest
+import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
@@ -32,7 +33,7 @@ from protos import classifier_pb2 as pb
 from service import bundle as bundles
 from service.bundle import Golden
 from tests.conftest import REPOSITORY, TIMEOUT_S, environment
-from tests.deploy.conftest import found
+from tests.deploy.conftest import DEPLOY, found
 from tests.deploy.test_balancing import free_ports
 from tests.integration.conftest import classifier_on
 from tests.integration.pictures import raw, solid
@@ -44,6 +45,7 @@ pytestmark = [pytest.mark.deploy, pytest.mark.timeout(BUILD_S)]
 
 STAND_IN = "localhost/convoy-stand-in:python3.11-bookworm"
 READY = "convoy.v1.ImageClassifier"
+PORTS = ("CONVOY_PORT", "CONVOY_HTTP_PORT", "CONVOY_METRICS_PORT")
 
 # As strict as Kubernetes's restricted policy, and then some: nothing can be written anywhere.
 LOCKED = ["--read-only", "--read-only-tmpfs=false", "--cap-drop=ALL", "--memory=1g"]
@@ -165,8 +167,8 @@ class Container:
     """A running container with the host's network, from its start to its removal."""
 
     def __init__(self, image: str, *arguments: str, options: tuple[str, ...] = ()) -> None:
-        self.port, metrics_port = free_ports(2)
-        ports = {"CONVOY_PORT": self.port, "CONVOY_METRICS_PORT": metrics_port}
+        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        self.port = ports["CONVOY_PORT"]
         variables = [f"--env={name}={value}" for name, value in ports.items()]
         self.id = run(
             *("podman", "run", "--detach", "--network=host", *LOCKED, *variables, *options),
@@ -243,7 +245,7 @@ def test_the_image_says_how_it_is_run(serve: str) -> None:
     assert described["Entrypoint"] == ["convoy"]
     assert described["Cmd"] == ["serve"]
     assert described["Healthcheck"]["Test"] == ["CMD", "convoy", "health"]
-    assert set(described["ExposedPorts"]) == {"8001/tcp", "8002/tcp"}
+    assert set(described["ExposedPorts"]) == {"8000/tcp", "8001/tcp", "8002/tcp"}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     labels = described["Labels"]
     assert labels["org.opencontainers.image.version"] == project["version"]
@@ -334,6 +336,45 @@ def test_engines_want_no_more_than_tmp_and_models_can_be_mounted(
         with Classifier(container.target, model="colours") as classifier:
             assert classifier.classify(solid("red")).label == "red"
         assert container.stop() == 0, container.log
+
+
+def test_the_service_of_compose_runs(serve: str, tools: Path, tmp_path: Path) -> None:
+    """deploy/compose.yaml's own, on the host's network: Prometheus and Grafana are others' images."""
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["convoy"]
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    del service["build"], service["ports"]
+    service["environment"] |= {name: str(port) for name, port in ports.items()}
+    volumes = {volume.partition(":")[0]: None for volume in service["volumes"]}
+    project = f"convoy-test-{os.getpid()}"
+    file = tmp_path / "compose.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "name": project,
+                "services": {"convoy": {**service, "network_mode": "host"}},
+                "volumes": volumes,
+            }
+        )
+    )
+    compose = (tools / "podman-compose", "--file", file)
+    try:
+        run(*compose, "up", "--detach")
+        target = f"127.0.0.1:{ports['CONVOY_PORT']}"
+        with grpc.insecure_channel(target) as channel:
+            grpc.channel_ready_future(channel).result(timeout=4 * TIMEOUT_S)
+        with Classifier(target) as classifier:
+            assert {model.name for model in classifier.models()} == {"digits", "cifar10"}
+        # `train` publishes into the one, and nothing else is to be changed.
+        check = "test -w /models -a -w /models/digits -a -w /cache -a -w /tmp -a ! -w /opt/convoy"
+        run(*compose, "exec", "-T", "convoy", "sh", "-c", check)
+        [container] = run(
+            *("podman", "ps", "--quiet", "--filter", f"label=io.podman.compose.project={project}")
+        ).split()
+        run("podman", "stop", "--time=60", container)
+        described = json.loads(run("podman", "inspect", container))[0]
+        assert described["State"]["ExitCode"] == 0
+    finally:
+        run(*compose, "down", "--volumes")
 
 
 def test_health_fails_where_nothing_serves(serve: str) -> None:

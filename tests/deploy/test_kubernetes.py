@@ -357,7 +357,7 @@ def _check_served(what: str, settings: Settings, spec: Manifest) -> None:
     [container] = spec["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports in (
-        {"grpc": settings.port, "metrics": settings.metrics_port},
+        {"http": settings.http_port, "grpc": settings.port, "metrics": settings.metrics_port},
         {"h2c": settings.port},
     ), what
     card = "nvidia.com/gpu" in container["resources"]["limits"]
@@ -623,6 +623,8 @@ def test_compose_names_what_is_there() -> None:
     )
     assert targets == {"serve", "serve-gpu", "train"}
     assert targets <= set(stages)
+    ports = {f"{port}:{port}" for port in (Settings.http_port, Settings.port)}
+    assert set(services["convoy"]["ports"]) == ports
     known = {f"CONVOY_{field.name.upper()}" for field in fields(Settings)}
     given = services["convoy"]["environment"] | card["services"]["convoy"]["environment"]
     assert given.keys() <= known
