@@ -151,6 +151,10 @@ class Findings:
     unusable: dict[str, str] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict, repr=False)
 
+    def megabytes(self, name: str) -> float:
+        """Of one graph, with the weights that it has in common with others."""
+        return (self.sizes[name] + self.sizes.get(DATA, 0)) / 1e6
+
 
 @dataclass(frozen=True)
 class Serving:

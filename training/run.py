@@ -323,7 +323,7 @@ def _tell(findings: Findings, verdict: Verdict, console: Console) -> None:
     if findings.parity:
         parity = findings.parity
         console.print(
-            f"ONNX {findings.sizes['fp32'] / 1e6:.2f} MB; against the network on {parity.images} images "
+            f"ONNX {findings.megabytes('fp32'):.2f} MB; against the network on {parity.images} images "
             f"at batch sizes {parity.batch_sizes}: largest difference {parity.max_abs_difference:.1e}, "
             f"label agreement {parity.label_agreement:.4f}",
             highlight=False,
@@ -339,7 +339,7 @@ def _tell(findings: Findings, verdict: Verdict, console: Console) -> None:
     for name, variant in findings.variants.items():
         console.print(
             f"{name:5} accuracy {variant.scores.accuracy:.4f}, {variant.images_per_s:,.0f} images/s, "
-            f"{variant.speedup:.2f} times fp32's, {findings.sizes[name] / 1e6:.2f} MB",
+            f"{variant.speedup:.2f} times fp32's, {findings.megabytes(name):.2f} MB",
             highlight=False,
         )
     console.print(gate_table(verdict.checks))
