@@ -402,7 +402,9 @@ class Web:
         self._socket = socket.create_server(
             (host, port), family=family, reuse_port=shared, backlog=2048, dualstack_ipv6=both
         )
-        # What is accepted inherits it.
+        # What is accepted inherits these. asyncio sets the first itself, but not where it is handed a
+        # socket whose protocol is the default: answers then waited 40 ms for the caller's next ACK.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _UNTAKEN_S))
         return int(self._socket.getsockname()[1])
 
