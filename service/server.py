@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,6 +134,8 @@ class _Alone:
                 told = True
                 _tell_ready(settings, director.serving(), port, metrics_port, http_port)
 
+        if settings.http:  # whose modules take a tenth of a second, while models load
+            threading.Thread(target=import_module, args=("service.rest",), daemon=True).start()
         try:
             director.settle(lambda: bool(self._signals))
             if self._signals:  # one came while models loaded
