@@ -485,7 +485,9 @@ def _infer_reply(answer: bytes, asked: _Outputs) -> Reply:
         }
         parameters = _parameters(output.parameters)
         if "shared_memory_region" in parameters:
-            pass  # there it is
+            # There it is. Of outputs that have parameters perf_analyzer takes the size of their binary
+            # data, which this has not; Triton's have none then.
+            parameters = {}
         elif output.name in asked:
             parameters["binary_data_size"] = len(raw)
             binary.append(raw)

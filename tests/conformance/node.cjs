@@ -43,7 +43,8 @@ function stream({ requests, metadata, deadline_ms }) {
       if (answers.length === requests.length) call.end();
     });
     call.on("error", (error) => answers.push(refusal(error)));
-    call.on("close", () => resolve({ answers }));
+    // "close" does not come after an error; the status does, always, and as the last.
+    call.on("status", () => setImmediate(() => resolve({ answers })));
     for (const request of requests) call.write(request);
   });
 }

@@ -225,12 +225,12 @@ def colours(pixels: Array, **said: Any) -> Request:
     return Request("colours", [Tensor("image", pixels)], **said)
 
 
-def same(answer: Answer, pixels: Array) -> None:
+def same(answer: Answer, pixels: Array, within: float = 1e-5) -> None:
     assert answer.datatypes == {"scores": "FP32"}, answer.datatypes
     got = answer.outputs["scores"]
     assert got.shape == (len(pixels), 3), f"the answer has shape {got.shape}"
     wrong = np.abs(got.astype(np.float64) - expected(pixels)).max()
-    assert wrong < 1e-5, f"the answer is off by {wrong}"
+    assert wrong < within, f"the answer is off by {wrong}"
 
 
 @contextmanager
@@ -538,7 +538,8 @@ def _large(count: int) -> tuple[Request, Array]:
 @row("A message of 63 MB (--max-request-mb is 64)", slow=True)
 def large(place: Place) -> None:
     asked, pixels = _large(21)
-    same(place.closed.infer(asked), pixels)
+    # The graph adds up a million float32.
+    same(place.closed.infer(asked), pixels, within=5e-3)
 
 
 @row("A message of 66 MB: refused, and the connection goes on", slow=True)

@@ -45,11 +45,13 @@ def arguments(request: Request) -> dict[str, Any]:
     }
 
 
-def answer_of(result: Any) -> Answer:
+def answer_of(result: Any, request: Request) -> Answer:
     said = result.get_response()
     outputs = {}
+    # What is in shared memory the answer does not tell.
+    elsewhere = {output.name for output in request.outputs if output.region}
     for output in said["outputs"]:
-        if "shared_memory_region" not in output.get("parameters", {}):
+        if output["name"] not in elsewhere:
             got = result.as_numpy(output["name"])
             if output["datatype"] == "BYTES":
                 got = np.array(
@@ -137,11 +139,11 @@ class Sync(Client):
     def infer(self, request: Request) -> Answer:
         given = arguments(request)
         if request.deadline_s == TIMEOUT_S:
-            return answer_of(self.call("infer", **given))
+            return answer_of(self.call("infer", **given), request)
         # The bound is the connection's.
         impatient = self.connect(request.deadline_s)
         try:
-            return answer_of(impatient.infer(**given))
+            return answer_of(impatient.infer(**given), request)
         except triton.InferenceServerException as error:
             raise Refused(error.status() or "", error.message()) from None
         except TimeoutError as error:
@@ -188,7 +190,7 @@ class Aio(Sync):
             )
 
         try:
-            return answer_of(self.wait(run()))
+            return answer_of(self.wait(run()), request)
         except triton.InferenceServerException as error:
             raise Refused(error.status() or "", error.message()) from None
         except TimeoutError:
