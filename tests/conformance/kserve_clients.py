@@ -153,7 +153,7 @@ class Grpc(_Asyncio):
         try:
             return self.loop.run_until_complete(value)
         except grpc.RpcError as error:
-            raise Refused(str(error.code()), error.details()) from None
+            raise Refused(str(error.code()), error.details() or "") from None
 
     def begun(self, request: Request) -> Any:
         return self.client.infer(made_of(request, http=False), timeout=request.deadline_s)
@@ -188,7 +188,7 @@ class Grpc(_Asyncio):
                     kind(model_name=name), timeout=TIMEOUT_S
                 )
             except grpc.RpcError as error:
-                raise Refused(str(error.code()), error.details()) from None
+                raise Refused(str(error.code()), error.details() or "") from None
 
 
 class Rest(_Asyncio):

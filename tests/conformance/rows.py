@@ -665,10 +665,12 @@ def control_off(place: Place) -> None:
 
 
 @contextmanager
-def _shared(size: int) -> Iterator[shared_memory.SharedMemory]:
+def _shared(size: int) -> Iterator[tuple[str, memoryview]]:
+    """A new object of shared memory: the key by which a server opens it, and its bytes."""
     memory = shared_memory.SharedMemory(create=True, size=size)
+    assert memory.buf is not None
     try:
-        yield memory
+        yield f"/{memory.name}", memory.buf
     finally:
         memory.close()
         memory.unlink()
@@ -677,12 +679,12 @@ def _shared(size: int) -> Iterator[shared_memory.SharedMemory]:
 @row("System shared memory: register, input and output in it, status, unregister")
 def shared(place: Place) -> None:
     pixels = noise(3)
-    with _shared(4096) as memory:
-        memory.buf[256 : 256 + pixels.nbytes] = pixels.tobytes()
-        place.opened.register("here", f"/{memory.name}", 128, 2048)
+    with _shared(4096) as (key, memory):
+        memory[256 : 256 + pixels.nbytes] = pixels.tobytes()
+        place.opened.register("here", key, 128, 2048)
         try:
             (status,) = place.opened.regions()
-            assert (status["name"], status["key"]) == ("here", f"/{memory.name}")
+            assert (status["name"], status["key"]) == ("here", key)
             assert (int(status["offset"]), int(status["byte_size"])) == (128, 2048)
             source = Tensor("image", pixels, region=Region("here", pixels.nbytes, 128))
             answer = place.opened.infer(
@@ -692,14 +694,14 @@ def shared(place: Place) -> None:
             )
             assert answer.datatypes == {"scores": "FP32"}
             # A copy, so that nothing refers to the memory when it is closed.
-            got = np.frombuffer(bytes(memory.buf[1152 : 1152 + 36]), "<f4").reshape(3, 3)
+            got = np.frombuffer(bytes(memory[1152 : 1152 + 36]), "<f4").reshape(3, 3)
             np.testing.assert_allclose(got, expected(pixels), atol=1e-5)
             # Into the message from the memory, and the other way round.
             same(place.opened.infer(Request("colours", [source])), pixels)
             place.opened.infer(
                 colours(pixels[::-1].copy(), outputs=[Output("scores", region=Region("here", 36))])
             )
-            got = np.frombuffer(bytes(memory.buf[128 : 128 + 36]), "<f4").reshape(3, 3)
+            got = np.frombuffer(bytes(memory[128 : 128 + 36]), "<f4").reshape(3, 3)
             np.testing.assert_allclose(got, expected(pixels[::-1]), atol=1e-5)
         finally:
             place.opened.unregister("here")
@@ -717,10 +719,10 @@ def shared_wrong(place: Place) -> None:
         place.opened.infer(asked(Region("nowhere", pixels.nbytes)))
     with refused(place.opened, "INVALID_ARGUMENT", "NOT_FOUND", "INTERNAL"):
         place.opened.register("here", "/nobody-made-this", 0, 64)
-    with _shared(4096) as memory:
+    with _shared(4096) as (key, _):
         with refused(place.opened, "INVALID_ARGUMENT"):
-            place.opened.register("here", f"/{memory.name}", 0, 1 << 20)
-        place.opened.register("here", f"/{memory.name}", 0, 128)
+            place.opened.register("here", key, 0, 1 << 20)
+        place.opened.register("here", key, 0, 128)
         try:
             for region in (
                 Region("here", pixels.nbytes, 120),
@@ -739,8 +741,8 @@ def shared_wrong(place: Place) -> None:
 
 @row("Shared memory where it is off: UNIMPLEMENTED (501)")
 def shared_off(place: Place) -> None:
-    with _shared(64) as memory, refused(place.closed, "UNIMPLEMENTED"):
-        place.closed.register("here", f"/{memory.name}", 0, 64)
+    with _shared(64) as (key, _), refused(place.closed, "UNIMPLEMENTED"):
+        place.closed.register("here", key, 0, 64)
 
 
 @row("CUDA shared memory, trace and log settings: UNIMPLEMENTED (404 or 501)")
@@ -819,7 +821,7 @@ def run_all(
         if name not in place["columns"]:
             continue
         clients = [connect(place["closed"]), connect(place["opened"])]
-        here = Place(*clients, metrics=place["closed"]["metrics"])
+        here = Place(clients[0], clients[1], metrics=place["closed"]["metrics"])
         seen[name] = {each.name: _try(each, here) for each in ROWS if each.name in place["rows"]}
         for client in clients:
             client.close()
