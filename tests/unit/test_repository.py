@@ -228,6 +228,7 @@ def test_thousands_of_requests_and_hundreds_of_versions_miss_each_other_nowhere(
     repository, failed, stop = shop.repository, list[BaseException](), threading.Event()
     repository.load("pets", 1)
     repository.route("pets", Route(1))
+    turns = requests = 0
 
     def switch() -> None:
         nonlocal turns
@@ -243,7 +244,6 @@ def test_thousands_of_requests_and_hundreds_of_versions_miss_each_other_nowhere(
         finally:
             stop.set()
 
-    turns = requests = 0
     thread = threading.Thread(target=switch)
     thread.start()
     answered = threading.Semaphore(0)
