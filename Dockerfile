@@ -110,12 +110,12 @@ COPY training training
 RUN mkdir models && /opt/tools/bin/pip wheel --no-deps --no-build-isolation --no-index -w /dist .
 
 FROM tools AS app
-RUN --mount=from=wheel,source=/dist,target=/dist \
-    $PIP install --no-deps --no-index --no-compile --prefix /app /dist/*.whl && $COMPILE /app
+COPY --from=wheel /dist /dist
+RUN $PIP install --no-deps --no-index --no-compile --prefix /app /dist/*.whl && $COMPILE /app
 
 FROM tools-gpu AS app-gpu
-RUN --mount=from=wheel,source=/dist,target=/dist \
-    $PIP install --no-deps --no-index --no-compile --prefix /app /dist/*.whl && $COMPILE /app
+COPY --from=wheel /dist /dist
+RUN $PIP install --no-deps --no-index --no-compile --prefix /app /dist/*.whl && $COMPILE /app
 
 FROM python AS serve
 COPY --from=packages /opt/convoy /opt/convoy
