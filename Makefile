@@ -90,8 +90,8 @@ docs: install ## Generate the settings tables in README.md and docs/
 
 .PHONY: lock
 lock: install ## Resolve locks/*.txt anew (UPGRADE=--upgrade for the newest versions)
-	$(LOCK) pyproject.toml --extra cpu --extra object-store --output-file locks/cpu.txt
-	$(LOCK) pyproject.toml --extra gpu --extra object-store --output-file locks/gpu.txt
+	$(LOCK) pyproject.toml --extra cpu --extra object-store --extra tracing --output-file locks/cpu.txt
+	$(LOCK) pyproject.toml --extra gpu --extra object-store --extra tracing --output-file locks/gpu.txt
 	$(LOCK) pyproject.toml --extra parquet --constraint locks/cpu.txt --output-file locks/parquet.txt
 	$(LOCK) pyproject.toml --extra bulk --constraint locks/cpu.txt --output-file locks/bulk.txt
 	$(LOCK) pyproject.toml $(TRAIN_EXTRAS) --extra train --output-file locks/train.txt
