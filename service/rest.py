@@ -232,11 +232,6 @@ class Rest:
         await self._ask(request, "CudaSharedMemoryUnregister", message)
         return _json({})
 
-    async def cuda_unregister(self, request: Request, path: Mapping[str, str]) -> Reply:
-        message = inference_pb2.CudaSharedMemoryUnregisterRequest(name=path.get("region", ""))
-        await self._ask(request, "CudaSharedMemoryUnregister", message)
-        return _json({})
-
     async def infer(self, request: Request, path: Mapping[str, str]) -> Reply:
         asked = _Outputs()
 
@@ -668,8 +663,6 @@ def _routes() -> Iterator[Route]:
     )
     for memory in ("/v2/cudasharedmemory", "/v2/cudasharedmemory/region/{region}"):
         yield Route("POST", f"{memory}/unregister", Rest.card_memory_unregister, "Does nothing")
-    for memory in ("/v2/cudasharedmemory", "/v2/cudasharedmemory/region/{region}"):
-        yield Route("POST", f"{memory}/unregister", Rest.cuda_unregister, "There is none to forget")
     yield Route("GET", "/openapi.json", Rest.openapi, "This description, as OpenAPI")
     yield Route("GET", "/docs", Rest.page, "This description, for people", "", "page")
 
