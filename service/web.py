@@ -508,7 +508,9 @@ class Web:
                 self._loop.post(call.abandon)
         if isinstance(outcome, bytes):
             return outcome
-        raise _Ended(outcome)
+        # As gRPC's clients have it, whichever was first.
+        late = request.deadline is not None and time.monotonic() >= request.deadline
+        raise _Ended(_LATE if late else outcome)
 
     def _begin(self, call: _Call, *message: bytes | None) -> None:
         """Has the transport's loop take the call, unless it has, and then its message, if given."""
