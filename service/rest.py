@@ -186,22 +186,37 @@ class Rest:
         return _json([plain(each) for each in models])
 
     async def load(self, request: Request, path: Mapping[str, str]) -> Reply:
-        def make(body: bytes) -> Message:
-            message = inference_pb2.RepositoryModelLoadRequest(model_name=path["model"])
-            _set_parameters(message.parameters, _parsed(_Order, body).parameters)
-            return message
-
-        answer = await self.web.call(request, f"/{_INFERENCE}/RepositoryModelLoad", make)
-        return _json(plain(inference_pb2.RepositoryModelLoadResponse.FromString(answer)))
+        return await self._order(
+            request,
+            "RepositoryModelLoad",
+            inference_pb2.RepositoryModelLoadRequest(model_name=path["model"]),
+            inference_pb2.RepositoryModelLoadResponse,
+        )
 
     async def unload(self, request: Request, path: Mapping[str, str]) -> Reply:
+        return await self._order(
+            request,
+            "RepositoryModelUnload",
+            inference_pb2.RepositoryModelUnloadRequest(model_name=path["model"]),
+            inference_pb2.RepositoryModelUnloadResponse,
+        )
+
+    async def _order(
+        self,
+        request: Request,
+        method: str,
+        message: inference_pb2.RepositoryModelLoadRequest
+        | inference_pb2.RepositoryModelUnloadRequest,
+        answered: type[Message],
+    ) -> Reply:
+        """Gives the order `message`, with the parameters that the body has."""
+
         def make(body: bytes) -> Message:
-            message = inference_pb2.RepositoryModelUnloadRequest(model_name=path["model"])
             _set_parameters(message.parameters, _parsed(_Order, body).parameters)
             return message
 
-        answer = await self.web.call(request, f"/{_INFERENCE}/RepositoryModelUnload", make)
-        return _json(plain(inference_pb2.RepositoryModelUnloadResponse.FromString(answer)))
+        answer = await self.web.call(request, f"/{_INFERENCE}/{method}", make)
+        return _json(plain(answered.FromString(answer)))
 
     async def memory_status(self, request: Request, path: Mapping[str, str]) -> Reply:
         message = inference_pb2.SystemSharedMemoryStatusRequest(name=path.get("region", ""))
