@@ -89,8 +89,9 @@ def prove(folder: Path, settings: "Settings") -> Proof | None:
             [sys.executable, "-c", _MAIN, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # A terminal's Ctrl-C is for the service.
-            start_new_session=True,
+            # A terminal's Ctrl-C is for the service. Not a session of its own: where the kernel shares
+            # cores out among sessions (autogroup), it would have half of one, idle or not.
+            process_group=0,
         )
     except OSError as error:
         log.warning("no process to prove %s in: %s", folder, error)

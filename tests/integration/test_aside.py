@@ -101,6 +101,9 @@ def test_a_graph_that_takes_its_process_down_is_refused(tmp_path: Path, others: 
     while not (there := children() - others):
         assert time.monotonic() < deadline
     [child] = there
+    # Where cores are shared out among sessions, one of its own would make way for nobody.
+    assert os.getsid(child) == os.getsid(0)
+    assert os.getpgid(child) == child, "Ctrl-C in a terminal is not for it"
     os.kill(child, signal.SIGSEGV)
     thread.join(TIMEOUT_S)
     assert "ended with status -11" in str(outcome[0])
