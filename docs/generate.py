@@ -1,6 +1,6 @@
 """Writes what the documentation takes from the code: flags from their declarations (docs/cli.md,
-README.md), what a real server answers to bad input (docs/bad-input.md); Prometheus' rules as its
-operator for Kubernetes takes them; and Grafana's dashboard.
+README.md), what a real server answers to bad input (docs/bad-input.md) and says of damaged versions
+(docs/damage.md); Prometheus' rules as its operator for Kubernetes takes them; and Grafana's dashboard.
 
 `--check` writes nothing and exits with 1 where a file would change.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from convoy.__main__ import app
 from deploy.grafana.make import dashboard
-from tests.integration import bad_input
+from tests.integration import bad_input, damage
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "convoy.json"
@@ -25,6 +25,16 @@ Written by `make docs` from the answers of a real server (with `--max-request-mb
 each row against both APIs, and send a good request to the same process after it. In `Classify` a \
 bad image fails alone, with this status and message in its own result; in `ModelInfer`, which has no \
 place for that, the request fails with the image's number in front of the message.
+
+"""
+DAMAGE = """\
+# What becomes of damaged versions
+
+Written by `make docs` from what a real server says of versions that come to it damaged, or are damaged \
+while they serve; the tests hold each row against it, while it answers requests. No request fails for any \
+of it. `convoy models ls` shows state and reason; what states are is in [models.md](models.md), where \
+versions come from an object store, in [object-store.md](object-store.md#when-something-is-wrong), a full \
+disk included.
 
 """
 
@@ -71,6 +81,7 @@ def main() -> int:
     wanted = {
         ROOT / "docs" / "cli.md": cli,
         ROOT / "docs" / "bad-input.md": BAD_INPUT + bad_input.table(),
+        ROOT / "docs" / "damage.md": DAMAGE + damage.table(),
         RULES: prometheus_rule(),
         DASHBOARD: dashboard(),
         readme: MARKERS.sub(

@@ -641,7 +641,7 @@ class Director:
             reason, passing = str(error) or repr(error), isinstance(error.__cause__, OSError)
             manifest, digest = None, ""
         if version.held:
-            if digest == version.held.digest:
+            if digest == version.held.digest and _whole(folder):
                 version.manifest, version.digest = manifest, digest
                 version.reason, version.intact = version.held.fallback, True
             elif digest:
@@ -1038,6 +1038,15 @@ def _shown(model: _Model) -> ModelState:
 def _newer(policy: Policy, base: list[int], stable: int) -> bool:
     """A newer version than the stable one is there; where some are pinned, that is as it should be."""
     return bool(policy.newest and base and base[0] > stable)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the version's files are what its manifest says, as far as the disk answers."""
+    try:
+        bundles.read(folder)
+    except BrokenVersion as error:
+        return isinstance(error.__cause__, OSError)
+    return True
 
 
 def _unfit(stable: _Version, candidate: _Version) -> str:

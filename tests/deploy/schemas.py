@@ -1,6 +1,6 @@
 """Holds manifests against the schemas of Kubernetes, and of custom resources, as the API server would.
 
-    python schemas.py VERSION [CRDS] < manifests      in the environment of locks/deploy.txt
+    python schemas.py VERSION CRDS < manifests      in the environment of locks/deploy.txt
 
 prints as JSON how many were checked, which kinds were not for want of a schema, and what is wrong.
 """
@@ -56,8 +56,8 @@ def custom(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def main() -> None:
-    version, *crds = sys.argv[1:]
-    schemas = custom(Path(crds[0])) if crds else {}
+    version, crds = sys.argv[1:]
+    schemas = custom(Path(crds))
     checked, unknown, wrong = 0, set(), []
     for manifest in yaml.load_all(sys.stdin, yaml.CSafeLoader):
         kind = manifest["apiVersion"], manifest["kind"]

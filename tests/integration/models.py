@@ -94,12 +94,17 @@ SLOW_BATCH = 4
 SLOW_IMAGE = np.array([[[1], [0]], [[0], [0]]], np.uint8)
 
 
-def add_colours(models: Path, name: str = "colours", labels: tuple[str, ...] = COLOURS) -> Bundle:
+def add_colours(
+    models: Path,
+    name: str = "colours",
+    labels: tuple[str, ...] = COLOURS,
+    scale: float = 1 / 51,
+) -> Bundle:
     """Publishes a model that says of which colour an image has most; `colours_of` says what exactly."""
     settings = AddSettings(
         labels=_write(models / "colours.txt", "\n".join(labels)),
         models=models,
-        scale=(1 / 51,),
+        scale=(scale,),
         softmax=True,
         max_batch_size=COLOURS_BATCH,
     )

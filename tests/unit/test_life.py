@@ -379,6 +379,29 @@ def test_a_version_that_replaces_another_of_its_number_is_not_taken(
     assert stage.stable == 2
 
 
+def test_a_file_that_is_changed_while_its_version_serves_is_noticed(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(stage.model)
+    stage.go_on(2)
+    assert stage.states() == {1: STANDBY, 2: READY}
+    file = stage.model / "1" / "model.onnx"
+    before = file.read_bytes()
+    damage_byte(file.parent)
+    stage.go_on(5)
+    assert stage.states() == {1: STANDBY, 2: READY}
+    assert "a version never changes, publish a new one" in stage.reason(1)
+    assert caplog.text.count("was changed: what was loaded serves on") == 1
+    # It would not come back after a restart.
+    with pytest.raises(ConvoyError):
+        stage.director.rollback("pets")
+    file.write_bytes(before)
+    stage.go_on()
+    assert stage.reason(1) == ""
+    stage.director.rollback("pets")
+    assert stage.stable == 1
+
+
 def test_a_folder_that_is_deleted_while_it_serves_goes_on_serving(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
