@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,10 @@ ROUNDING = 1e-2
 
 # Beyond these an answer's probabilities are all but equal, or all but 0 and 1, whatever the logits.
 _COLDEST, _HOTTEST = 0.05, 20.0
+# Beyond these it is not the network's certainty any more.
+_LEAST_BEND, _MOST_BEND = 0.4, 2.5
+# What chance gains by one thing more to choose, in 1 of 20: half of the 95th percentile of chi-squared.
+_BY_CHANCE = 1.92
 # How far temperatures are expected from 1, as the standard deviation of their logarithm: two in
 # three between 0.6 and 1.6. A prior, which counts as much as a few images do.
 _SPREAD = 0.5
@@ -189,6 +193,7 @@ class Evaluation:
     coverage: list[CoveragePoint]
     confidences: Histogram
     out_of_distribution: OutOfDistribution | None
+    bend: float = 1.0
 
     @property
     def scores(self) -> Scores:
@@ -254,20 +259,35 @@ def score_answers(probabilities: Probabilities, labels: Labels) -> Scores:
     return Scores(correct / len(labels), correct, len(labels), float(-np.log(given).mean()))
 
 
+class Scaling(NamedTuple):
+    """How a network's logits become the probabilities that are served: the softmax of
+    `-(-log p) ** bend / temperature`, where `p` is the softmax of the logits.
+
+    With a `bend` of 1 that is what logits divided by the temperature give (Guo and others,
+    arXiv:1706.04599). Neither changes the order of classes.
+    """
+
+    temperature: float = 1.0
+    bend: float = 1.0
+
+
+STRAIGHT = Scaling()
+
+
 def evaluate(
     probabilities: Probabilities,
     labels: Labels,
     classes: Sequence[str],
     *,
-    temperature: float = 1.0,
+    scaling: Scaling = STRAIGHT,
     thresholds: Thresholds | None = None,
     strange: Mapping[str, Probabilities] = MappingProxyType({}),
 ) -> Evaluation:
     """Every figure of answers `[N, classes]` to test images that show `labels` `[N]`.
 
-    The answers are those of the exported graph, which divides logits by `temperature`; what they would
-    be without is worked out from them, see `at_temperature`. `strange` are answers to images that
-    belong to no class, by their kinds, see `strangers`. Raises NotEvaluable.
+    The answers are those of the exported graph, `scaling` included; what they would be without is
+    worked out from them, see `unscaled`. `strange` are answers to images that belong to no class, by
+    their kinds, see `strangers`. Raises NotEvaluable.
     """
     from sklearn import metrics
 
@@ -293,7 +313,7 @@ def evaluate(
         )
         for i, name in enumerate(classes)
     ]
-    before = at_temperature(given, 1 / temperature)
+    before = unscaled(given, scaling)
     return Evaluation(
         images=len(labels),
         correct=scores.correct,
@@ -307,7 +327,7 @@ def evaluate(
         confusion=confusion.tolist(),
         log_loss=scores.log_loss,
         brier=float(metrics.brier_score_loss(labels, given, labels=every, scale_by_half=False)),
-        temperature=float(temperature),
+        temperature=float(scaling.temperature),
         uncalibrated=calibration(before.max(axis=1), right),
         calibrated=calibration(confidence, right),
         coverage=_coverage(confidence, right),
@@ -315,6 +335,7 @@ def evaluate(
         out_of_distribution=_out_of_distribution(probabilities, strange, thresholds)
         if strange
         else None,
+        bend=float(scaling.bend),
     )
 
 
@@ -366,14 +387,18 @@ def wilson(count: int, of: int) -> Interval:
 # Calibration.
 
 
-def fit_temperature(logits: npt.NDArray[np.floating[Any]], labels: Labels) -> float:
-    """What logits `[N, classes]` (or logarithms of probabilities) of validation images are to be
-    divided by for their log loss to be least (Guo and others, arXiv:1706.04599).
+def fit_scaling(logits: npt.NDArray[np.floating[Any]], labels: Labels) -> Scaling:
+    """The scaling with which logits `[N, classes]` (or logarithms of probabilities) of validation
+    images have the least log loss.
+
+    Label smoothing leaves a certainty that is too high here and too low there, which no temperature can
+    mend. A bend can, but is one more thing to choose: it has to be worth it by the Bayesian information
+    criterion (Schwarz, 1978), else there is none.
 
     Of few images the log loss says little, and of images that are all right it only says: the colder,
     the better, up to a certainty that nobody has seen. So there are two bounds to it, which many images
     make loose. The logarithm of the temperature has a normal prior around 0, which holds back where a
-    handful of images would go far. And it makes answers more certain only as long as their mean
+    handful of images would go far. And answers become more certain only as long as their mean
     confidence stays below (right + 1) / (N + 2), Laplace's rule of succession: who saw ten of ten
     right has not seen 99%.
 
@@ -386,8 +411,37 @@ def fit_temperature(logits: npt.NDArray[np.floating[Any]], labels: Labels) -> fl
         raise NotEvaluable(f"logits of shape {list(values.shape)} to {len(labels)} images")
     _check_labels(labels, values.shape[1])
     _check_finite(values)
+    logarithms = special.log_softmax(values, axis=1)
+    right = int((logarithms.argmax(axis=1) == labels).sum())
+    given = float(np.exp(logarithms.max(axis=1)).mean())
+    ceiling = max(given, (right + 1) / (len(labels) + 2))
+
+    def loss(log_bend: float) -> float:
+        bent = _bent(logarithms, math.exp(log_bend))
+        return _fit_temperature(bent, labels, ceiling)[1]
+
+    straight, straight_loss = _fit_temperature(logarithms, labels, ceiling)
+    bounds = math.log(_LEAST_BEND), math.log(_MOST_BEND)
+    found = optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
+    gained = (straight_loss - float(found.fun)) * len(labels)
+    if gained <= max(math.log(len(labels)) / 2, _BY_CHANCE):
+        return Scaling(straight)
+    bend = math.exp(found.x)
+    return Scaling(_fit_temperature(_bent(logarithms, bend), labels, ceiling)[0], bend)
+
+
+def _bent(logarithms: _Floats, bend: float) -> _Floats:
+    bent: _Floats = -(np.maximum(-logarithms, 0) ** bend)
+    return bent
+
+
+def _fit_temperature(values: _Floats, labels: Labels, ceiling: float) -> tuple[float, float]:
+    """What `values` are to be divided by for the log loss of their softmax to be least, and that loss,
+    while the mean confidence is at most `ceiling`.
+    """
+    from scipy import optimize, special
+
     rows = np.arange(len(labels))
-    named = values.argmax(axis=1)
 
     def logarithms(log_temperature: float) -> _Floats:
         scaled: _Floats = special.log_softmax(values / math.exp(log_temperature), axis=1)
@@ -398,32 +452,46 @@ def fit_temperature(logits: npt.NDArray[np.floating[Any]], labels: Labels) -> fl
         return float(-true.mean() + (log_temperature / _SPREAD) ** 2 / 2 / len(labels))
 
     def excess(log_temperature: float) -> float:
-        confidence = np.exp(logarithms(log_temperature)[rows, named]).mean()
-        return float(confidence - (int((named == labels).sum()) + 1) / (len(labels) + 2))
+        return float(np.exp(logarithms(log_temperature).max(axis=1)).mean() - ceiling)
 
     low, high = math.log(_COLDEST), math.log(_HOTTEST)
     # Confidence falls with the temperature: there is one crossing at most.
-    if excess(0.0) >= 0:
+    if excess(0.0) == 0:
         low = 0.0
+    elif excess(high) > 0:
+        low = high
     elif excess(low) > 0:
-        low = optimize.brentq(excess, low, 0.0)
+        low = optimize.brentq(excess, low, high)
     found = optimize.minimize_scalar(loss, bounds=(low, high), method="bounded")
     # The search never looks at the bounds themselves.
-    return math.exp(min((low, float(found.x)), key=loss))
+    best = min((low, float(found.x)), key=loss)
+    return math.exp(best), loss(best)
 
 
-def at_temperature(probabilities: npt.NDArray[np.floating[Any]], temperature: float) -> _Floats:
-    """Probabilities `[N, classes]` whose logits are divided by `temperature`.
-
-    Logits are the logarithms of probabilities but for a constant, which a softmax takes no notice of.
-    """
+def unscaled(probabilities: npt.NDArray[np.floating[Any]], scaling: Scaling) -> _Floats:
+    """What served probabilities `[N, classes]` were before the `scaling`."""
     from scipy import special
 
     # A float32 that has become 0 was less than this.
     least = float(np.finfo(np.float32).smallest_subnormal)
-    logits = np.log(np.maximum(np.asarray(probabilities, np.float64), least))
-    scaled: _Floats = special.softmax(logits / temperature, axis=1)
-    return scaled
+    surprise: _Floats = -np.log(np.maximum(np.asarray(probabilities, np.float64), least))
+    temperature, bend = scaling
+    if bend == 1:
+        given: _Floats = special.softmax(-surprise * temperature, axis=1)
+        return given
+
+    def before(shift: _Floats) -> _Floats:
+        straight: _Floats = np.maximum(surprise - shift, 0) * temperature
+        return np.exp(-(straight ** (1 / bend)))
+
+    # A softmax takes no notice of a constant: the one with which they add up to 1.
+    high = surprise.min(axis=1, keepdims=True)
+    low = high - math.log(surprise.shape[1]) ** bend / temperature
+    for _ in range(60):
+        middle = (low + high) / 2
+        over = before(middle).sum(axis=1, keepdims=True) > 1
+        low, high = np.where(over, low, middle), np.where(over, middle, high)
+    return before(low)
 
 
 def calibration(confidence: npt.NDArray[np.floating[Any]], right: Right) -> Calibration:

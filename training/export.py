@@ -7,7 +7,7 @@ import tensorflow as tf
 import tf2onnx
 from onnx import numpy_helper
 
-from training.evaluate import Predict
+from training.evaluate import STRAIGHT, Predict, Scaling
 from training.variants import rounded
 
 INPUT, OUTPUT = "pixels", "probabilities"
@@ -36,11 +36,10 @@ def logits_function(network: keras.Model, *, mirror: bool = False) -> Predict:
 
 
 def serving_function(
-    network: keras.Model, temperature: float = 1.0, *, mirror: bool = False
+    network: keras.Model, scaling: Scaling = STRAIGHT, *, mirror: bool = False
 ) -> Any:
-    """`network` as it will be served: uint8 `[N, H, W, C]` in, softmax probabilities out.
-
-    Logits are divided by `temperature` before. `mirror`: see `logits_function`.
+    """`network` as it will be served: uint8 `[N, H, W, C]` in, softmax probabilities out, scaled by
+    `scaling`. `mirror`: see `logits_function`.
     """
 
     @tf.function(
@@ -48,7 +47,13 @@ def serving_function(
     )
     def serve(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
         logits = _logits(network, pixels, mirror)
-        return {OUTPUT: tf.nn.softmax(logits if temperature == 1 else logits / temperature)}
+        if scaling.bend != 1:
+            # Rounding must not make a logarithm of more than 0, of which there is no power.
+            surprise = tf.nn.relu(-tf.nn.log_softmax(logits))
+            logits = -tf.pow(surprise, scaling.bend)
+        if scaling.temperature != 1:
+            logits /= scaling.temperature
+        return {OUTPUT: tf.nn.softmax(logits)}
 
     return serve
 

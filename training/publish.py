@@ -36,11 +36,13 @@ from service.profile import Profile
 from training.data import Dataset, Split
 from training.evaluate import (
     ROUNDING,
+    STRAIGHT,
     Evaluation,
     NotEvaluable,
     PairedTest,
     Predict,
     Right,
+    Scaling,
     answers,
     check_probabilities,
     choose_thresholds,
@@ -119,14 +121,14 @@ class Candidate:
     """What a training run would have published: graphs by their names in `bundle.VARIANTS`, fp32 among
     them, and what it knows of them.
 
-    `network` is the trained network itself, uint8 `[N, H, W, C]` to probabilities at its
-    `temperature`; `labels` are those of its outputs, in order.
+    `network` is the trained network itself, uint8 `[N, H, W, C]` to probabilities with its `scaling`;
+    `labels` are those of its outputs, in order.
     """
 
     graphs: Mapping[str, bytes] = field(repr=False)
     labels: Sequence[str]
     network: Predict
-    temperature: float = 1.0
+    scaling: Scaling = STRAIGHT
     # What graphs have in `bundle.DATA`.
     data: bytes = field(default=b"", repr=False)
 
@@ -303,7 +305,7 @@ def examine(
         given,
         test.labels,
         data.classes,
-        temperature=candidate.temperature,
+        scaling=candidate.scaling,
         thresholds=thresholds,
         strange=strange,
     )

@@ -22,7 +22,7 @@ from service.bundle import VARIANTS, Manifest, Probabilities
 from service.images import Pixels
 from training.check import Example, Finding
 from training.data import Labels
-from training.evaluate import Calibration, Evaluation, Interval
+from training.evaluate import STRAIGHT, Calibration, Evaluation, Interval
 from training.publish import Check
 from training.settings import TrainingSettings
 
@@ -587,7 +587,7 @@ def _certainty(record: Record) -> _Node:
     if not found:
         return None
     before, after = found.uncalibrated, found.calibrated
-    scaled = found.temperature != 1
+    scaled = (found.temperature, found.bend) != STRAIGHT
     caption = (
         "Answers by the probability that they were given with. On the diagonal, answers given with 80% "
         "are right in 80%; below it, the network is too sure of itself. "
@@ -601,9 +601,10 @@ def _certainty(record: Record) -> _Node:
     if scaled:
         title = f"Before scaling: calibration error {_percent(before.error)}"
         figures.append(_figure(title, _reliability(before, "b"), caption))
+        bend = f" and a bend of {found.bend:.3f}" if found.bend != 1 else ""
         caption = (
-            f"With a temperature of {found.temperature:.3f}, chosen on validation images, which is part "
-            "of the exported graph. "
+            f"With a temperature of {found.temperature:.3f}{bend}, chosen on validation images, which "
+            "is part of the exported graph. "
         )
     title = f"{'After scaling: c' if scaled else 'C'}alibration error {_percent(after.error)}"
     figures.append(_figure(title, _reliability(after, "a"), caption + chance))

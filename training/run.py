@@ -36,7 +36,7 @@ from service.model import Model
 from training import check, publish, report
 from training import data as datasets
 from training.data import Dataset, Split
-from training.evaluate import answers, fit_temperature
+from training.evaluate import answers, fit_scaling
 from training.publish import Candidate, Check, Findings, Verdict
 from training.settings import TrainingSettings
 
@@ -84,12 +84,10 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
         if settings.storage == "int8":
             export.round_weights(fitted.network)
         logits = export.logits_function(fitted.network, mirror=settings.mirror)
-        temperature = fit_temperature(
-            answers(logits, data.validation.inputs), data.validation.labels
-        )
-        serve = export.serving_function(fitted.network, temperature, mirror=settings.mirror)
+        scaling = fit_scaling(answers(logits, data.validation.inputs), data.validation.labels)
+        serve = export.serving_function(fitted.network, scaling, mirror=settings.mirror)
         graphs, shared = _graphs(export.to_onnx(serve), data, settings, console)
-    candidate = Candidate(graphs, data.classes, export.predict(serve), temperature, shared)
+    candidate = Candidate(graphs, data.classes, export.predict(serve), scaling, shared)
     with console.status("proving the export"):
         findings = publish.examine(candidate, data, settings)
     folder = settings.models / data.name
@@ -333,7 +331,7 @@ def _tell(findings: Findings, verdict: Verdict, console: Console) -> None:
         console.print(
             f"test accuracy {found.accuracy:.4f} ({found.correct} of {found.images}), of the ONNX file; "
             f"calibration error {found.uncalibrated.error:.4f}, with temperature "
-            f"{found.temperature:.3f} {found.calibrated.error:.4f}",
+            f"{found.temperature:.3f} and bend {found.bend:.3f} {found.calibrated.error:.4f}",
             highlight=False,
         )
     for name, variant in findings.variants.items():

@@ -198,7 +198,7 @@ class TrainingSettings:
     """Gate: least share of a class's test images that must be found, in the worst class."""
 
     max_calibration_error: Floor = 1.0
-    """Gate: largest expected calibration error on the test images, after temperature scaling."""
+    """Gate: largest expected calibration error on the test images, after scaling."""
 
     max_parity: Amount = 1e-4
     """Gate: largest difference allowed between the ONNX file's probabilities and the network's."""

@@ -86,8 +86,8 @@ def int8(data: bytes, calibration: Pixels) -> bytes:
 def fp16(data: bytes) -> bytes:
     """The graph in half precision, for cards: uint8 in and float32 out as before.
 
-    The softmax stays in float32, and so does what makes floats of pixels where halves would round
-    it. Raises ConvoyError where a weight is beyond half precision. Whether what is computed from them
+    The softmax stays in float32, with the scaling of logits before it, and so does what makes floats
+    of pixels where halves would round it. Raises ConvoyError where a weight is beyond half precision. Whether what is computed from them
     is shows with images alone.
     """
     model = onnx.load_model_from_string(data)
@@ -96,6 +96,9 @@ def fp16(data: bytes) -> bytes:
     head = _head(model)
     exact = head and (head.scale == 1).all() and (head.shift == head.shift.round()).all()
     apart = [node.name for node in head.nodes] if head and not exact else []
+    kinds = [node.op_type for node in model.graph.node]
+    if "LogSoftmax" in kinds:
+        apart += [node.name for node in model.graph.node[kinds.index("LogSoftmax") :]]
     made = convert_float_to_float16(
         model,
         keep_io_types=True,

@@ -12,13 +12,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from scipy import special
 
 from service.errors import ConvoyError
 from service.images import Target
 from service.model import Model
 from training import export, fit, network, variants
 from training.data import Dataset, Split
-from training.evaluate import compare
+from training.evaluate import Scaling, compare
 from training.settings import TrainingSettings
 
 BASIC = TrainingSettings(filters=(4, 8), dense=8, precision="float32")
@@ -49,8 +50,9 @@ def test_pixels_are_brought_to_a_mean_of_0_and_a_deviation_of_1() -> None:
 
 @pytest.mark.parametrize("settings", [BASIC, STRONG], ids=["basic", "strong"])
 @pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("bend", [1.0, 1.6])
 def test_what_is_exported_answers_as_the_network_does(
-    settings: TrainingSettings, mirror: bool
+    settings: TrainingSettings, mirror: bool, bend: float
 ) -> None:
     data = dataset()
     fit.prepare(0)
@@ -60,13 +62,14 @@ def test_what_is_exported_answers_as_the_network_does(
         if isinstance(layer, keras.layers.BatchNormalization):
             random = np.random.default_rng(1)
             layer.set_weights([random.uniform(0.5, 2, w.shape) for w in layer.get_weights()])
-    serve = export.serving_function(built, 1.7, mirror=mirror)
+    serve = export.serving_function(built, Scaling(1.7, bend), mirror=mirror)
     onnx = variants.clean(export.to_onnx(serve))
     model = Model(onnx, "cpu")
     parity = compare(export.predict(serve), model.run, data.test.inputs, 64)
     assert parity.max_abs_difference < 1e-5
     logits = export.logits_function(built, mirror=mirror)(data.test.inputs)
-    expected = tf.nn.softmax(logits / 1.7).numpy()
+    surprise = -special.log_softmax(logits, axis=1)
+    expected = special.softmax(-(surprise**bend) / 1.7, axis=1)
     np.testing.assert_allclose(model.run(data.test.inputs), expected, atol=1e-5)
     if mirror:
         flipped = model.run(data.test.inputs[:, :, ::-1])

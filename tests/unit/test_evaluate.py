@@ -22,16 +22,17 @@ from training.data import Labels
 from training.evaluate import (
     Interval,
     NotEvaluable,
-    at_temperature,
+    Scaling,
     calibration,
     choose_thresholds,
     compare,
     evaluate,
-    fit_temperature,
+    fit_scaling,
     mcnemar,
     score_answers,
     strangers,
     sure,
+    unscaled,
     wilson,
 )
 
@@ -154,7 +155,7 @@ def test_one_image_is_enough(given: Probabilities) -> None:
 
 def test_all_right_and_certain_is_no_special_case() -> None:
     labels = np.arange(100) % 3
-    found = evaluate(np.eye(3, dtype=np.float32)[labels], labels, NAMES, temperature=0.5)
+    found = evaluate(np.eye(3, dtype=np.float32)[labels], labels, NAMES, scaling=Scaling(0.5))
     assert (found.accuracy, found.macro_f1, found.brier) == (1, 1, 0)
     assert found.calibrated.error == found.uncalibrated.error == found.calibrated.by_chance == 0
     assert found.confidences.counts == [0] * 14 + [100]
@@ -243,9 +244,11 @@ def test_a_temperature_makes_up_for_logits_that_are_too_large_or_too_small(
 ) -> None:
     """Labels come true as `sharpness` times the logits say: 1 / sharpness is to be found."""
     values, labels = drawn(20_000, sharpness=sharpness)
-    found = fit_temperature(values, labels)
+    found = fit_scaling(values, labels).temperature
     assert found == pytest.approx(1 / sharpness, rel=0.05)
-    assert fit_temperature(special.log_softmax(values, axis=1), labels) == pytest.approx(found)
+    assert fit_scaling(special.log_softmax(values, axis=1), labels).temperature == pytest.approx(
+        found
+    )
     before = calibration(answered(values).max(axis=1), values.argmax(axis=1) == labels)
     given = answered(values / found)
     after = calibration(given.max(axis=1), given.argmax(axis=1) == labels)
@@ -257,7 +260,7 @@ def test_a_temperature_makes_up_for_logits_that_are_too_large_or_too_small(
 def test_the_temperature_is_where_the_log_loss_is_least() -> None:
     """The prior weighs as much as an image or so."""
     values, labels = drawn(5000, sharpness=0.6)
-    found = fit_temperature(values, labels)
+    found = fit_scaling(values, labels).temperature
     temperatures = np.linspace(1.4, 2.0, 121)
     losses = [metrics.log_loss(labels, special.softmax(values / t, axis=1)) for t in temperatures]
     assert found == pytest.approx(temperatures[np.argmin(losses)], rel=0.01)
@@ -269,7 +272,7 @@ def test_who_has_seen_no_mistake_gets_no_certainty_from_that(count: int, gap: fl
     """A log loss alone would go to its coldest end, and every answer to 100%."""
     values = np.zeros((count, 4))
     values[:, 1] = gap
-    found = fit_temperature(values, np.ones(count, np.int64))
+    found = fit_scaling(values, np.ones(count, np.int64)).temperature
     assert 0.05 <= found <= 1
     confidence = special.softmax(values / found, axis=1).max(axis=1).mean()
     before = special.softmax(values, axis=1).max(axis=1).mean()
@@ -281,7 +284,7 @@ def test_nor_does_who_has_seen_one_close_mistake_in_thousands() -> None:
     values[:, 1] = 4.0
     values[0] = [0.01, 0, 0, 0]
     labels = np.ones(5000, np.int64)
-    found = fit_temperature(values, labels)
+    found = fit_scaling(values, labels).temperature
     confidence = special.softmax(values / found, axis=1).max(axis=1).mean()
     assert confidence == pytest.approx(5000 / 5002, abs=1e-5)
 
@@ -290,13 +293,13 @@ def test_nor_does_who_has_seen_one_close_mistake_in_thousands() -> None:
 def test_a_few_mistakes_do_not_make_every_answer_a_guess(count: int) -> None:
     values = np.zeros((count, 4))
     values[:, 1] = 8.0
-    assert 1 < fit_temperature(values, np.zeros(count, np.int64)) < 10
+    assert 1 < fit_scaling(values, np.zeros(count, np.int64)).temperature < 10
 
 
 def test_all_wrong_ends_at_the_bound() -> None:
     values = np.zeros((5000, 4))
     values[:, 1] = 8.0
-    assert 15 < fit_temperature(values, np.zeros(5000, np.int64)) <= 20
+    assert 15 < fit_scaling(values, np.zeros(5000, np.int64)).temperature <= 20
 
 
 @pytest.mark.parametrize(
@@ -312,17 +315,46 @@ def test_all_wrong_ends_at_the_bound() -> None:
 )
 def test_a_temperature_of_nothing_is_refused(values: Any, labels: list[int], says: str) -> None:
     with pytest.raises(NotEvaluable, match=says):
-        fit_temperature(values, np.array(labels, np.int64))
+        fit_scaling(values, np.array(labels, np.int64))
 
 
-def test_a_temperature_can_be_taken_out_of_probabilities_again() -> None:
+@pytest.mark.parametrize("scaling", [Scaling(), Scaling(0.6), Scaling(2.3, 1.6), Scaling(0.7, 0.5)])
+def test_a_scaling_can_be_taken_out_of_probabilities_again(scaling: Scaling) -> None:
     values, labels = drawn(1000)
-    hot = answered(values / 1.7)
-    assert np.allclose(at_temperature(hot, 1 / 1.7), special.softmax(values, axis=1), atol=1e-6)
-    found = evaluate(hot, labels, tuple("abcde"), temperature=1.7)
-    cold = evaluate(answered(values), labels, tuple("abcde"))
-    assert found.uncalibrated.error == pytest.approx(cold.calibrated.error, abs=1e-5)
-    assert found.temperature == 1.7
+    served = scaled(values, scaling)
+    before = special.softmax(values, axis=1)
+    assert np.array_equal(served.argmax(axis=1), before.argmax(axis=1))
+    assert np.allclose(unscaled(served, scaling), before, atol=1e-5)
+    found = evaluate(served, labels, tuple("abcde"), scaling=scaling)
+    straight = evaluate(answered(values), labels, tuple("abcde"))
+    assert found.uncalibrated.error == pytest.approx(straight.calibrated.error, abs=1e-4)
+    assert (found.temperature, found.bend) == scaling
+
+
+@pytest.mark.parametrize("bend", [0.6, 1.5, 2.0])
+def test_what_is_bent_is_found_to_be(bend: float) -> None:
+    """Labels come true as the bent logits say."""
+    values, _ = drawn(50_000)
+    shares = scaled(values, Scaling(1.3, bend)).astype(np.float64)
+    random = np.random.default_rng(1)
+    labels = (shares.cumsum(axis=1) < random.random((len(shares), 1))).sum(axis=1)
+    labels = np.minimum(labels, 4)
+    found = fit_scaling(values, labels)
+    assert (found.temperature, found.bend) == pytest.approx((1.3, bend), rel=0.05)
+    right = values.argmax(axis=1) == labels
+    after = calibration(scaled(values, found).max(axis=1), right)
+    assert after.error < after.by_chance
+    assert after.error < calibration(answered(values).max(axis=1), right).error / 5
+
+
+def test_there_is_no_bend_where_chance_could_be_all_that_it_follows() -> None:
+    found = [fit_scaling(*drawn(300, seed=seed)).bend for seed in range(40)]
+    # 1 in 50 in the long run, by the criterion for so many images.
+    assert sum(bend != 1 for bend in found) <= 4
+
+
+def scaled(values: npt.NDArray[np.float64], scaling: Scaling) -> Probabilities:
+    return answered(-((-special.log_softmax(values, axis=1)) ** scaling.bend) / scaling.temperature)
 
 
 # Not sure.

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from scipy import special
 from sklearn.linear_model import LogisticRegression
 
 from service import bundle as bundles
@@ -26,7 +27,7 @@ from tests.unit.graphs import graph, value
 from training import data as datasets
 from training import publish as publishing
 from training.data import Dataset, Labels, Split
-from training.evaluate import Predict, fit_temperature
+from training.evaluate import STRAIGHT, Predict, Scaling, fit_scaling
 from training.publish import (
     Candidate,
     Findings,
@@ -50,11 +51,11 @@ class Honest(NamedTuple):
     data: Dataset
     onnx: bytes
     network: Predict
-    temperature: float = 1.0
+    scaling: Scaling = STRAIGHT
 
     def candidate(self, **graphs: bytes) -> Candidate:
         graphs = {"fp32": self.onnx, **graphs}
-        return Candidate(graphs, self.data.classes, self.network, self.temperature)
+        return Candidate(graphs, self.data.classes, self.network, self.scaling)
 
 
 def remembered(predict: Predict) -> Predict:
@@ -109,23 +110,33 @@ def colours() -> Honest:
 
     # Held so tight, it is too unsure of itself.
     regression = LogisticRegression(C=0.01).fit(flat(train.inputs), train.labels)
-    temperature = fit_temperature(
-        regression.decision_function(flat(validation.inputs)), validation.labels
-    )
-    regression.coef_ /= temperature
-    regression.intercept_ /= temperature
+    scaling = fit_scaling(regression.decision_function(flat(validation.inputs)), validation.labels)
+    assert scaling.bend != 1
+
+    def network(pixels: Pixels) -> Probabilities:
+        surprise = -special.log_softmax(regression.decision_function(flat(pixels)), axis=1)
+        scaled = special.softmax(-(surprise**scaling.bend) / scaling.temperature, axis=1)
+        return np.asarray(scaled, np.float32)
+
     constants = {
+        "bend": np.array(scaling.bend, np.float32),
+        "colder": np.array(-1 / scaling.temperature, np.float32),
         "scale": np.array([1 / 255], np.float32),
         "weights": regression.coef_.T.astype(np.float32),
         "bias": regression.intercept_.astype(np.float32),
     }
     nodes = [
         helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["floats", "scale"], ["scaled"]),
-        helper.make_node("Flatten", ["scaled"], ["flat"], axis=1),
+        helper.make_node("Mul", ["floats", "scale"], ["shares"]),
+        helper.make_node("Flatten", ["shares"], ["flat"], axis=1),
         helper.make_node("MatMul", ["flat", "weights"], ["product"]),
         helper.make_node("Add", ["product", "bias"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+        helper.make_node("LogSoftmax", ["logits"], ["logarithms"], axis=1),
+        helper.make_node("Neg", ["logarithms"], ["opposite"]),
+        helper.make_node("Relu", ["opposite"], ["surprise"]),
+        helper.make_node("Pow", ["surprise", "bend"], ["bent"]),
+        helper.make_node("Mul", ["bent", "colder"], ["scaled"]),
+        helper.make_node("Softmax", ["scaled"], ["probabilities"], axis=1),
     ]
     made = graph(
         nodes,
@@ -136,8 +147,8 @@ def colours() -> Honest:
     return Honest(
         data,
         made,
-        remembered(lambda pixels: regression.predict_proba(flat(pixels)).astype(np.float32)),
-        temperature,
+        remembered(network),
+        scaling,
     )
 
 

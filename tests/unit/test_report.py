@@ -18,7 +18,7 @@ from service.images import Target
 from service.model import Model
 from training.check import Example, Finding
 from training.data import load
-from training.evaluate import choose_thresholds, evaluate, strangers
+from training.evaluate import Scaling, choose_thresholds, evaluate, strangers
 from training.publish import Check
 from training.report import Layer, Record, render
 from training.settings import TrainingSettings
@@ -61,7 +61,9 @@ def record(
     pixels = random.integers(0, 256, (len(truth), side, side, channels), np.uint8)
     thresholds = choose_thresholds(given, truth, given, truth)
     strange = dict.fromkeys(strangers(pixels), given)
-    found = evaluate(given, truth, labels, temperature=1.5, thresholds=thresholds, strange=strange)
+    found = evaluate(
+        given, truth, labels, scaling=Scaling(1.5), thresholds=thresholds, strange=strange
+    )
     variant = Variant(found.scores, 0.99, 1234.5, 2.0, "cpu")
     count = [len(truth) // classes] * classes
     manifest = Manifest(

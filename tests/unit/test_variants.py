@@ -73,6 +73,7 @@ def exported(
     lowest: float = 0.5,
     loudness: float = 0.2,
     temperature: float = 1.0,
+    bend: float = 1.0,
 ) -> bytes:
     """Stem; convolution, pooling, normalisation, ReLU; a residual block; mean, dense, softmax."""
     height, width, channels = shape
@@ -110,6 +111,15 @@ def exported(
         made.last = "one"
         made.add("Add", "other")
         made.add("Mul", floats(0.5))
+    if bend != 1:
+        for operation, *factors in (
+            ["LogSoftmax"],
+            ["Neg"],
+            ["Relu"],
+            ["Pow", floats(bend)],
+            ["Neg"],
+        ):
+            made.add(operation, *factors)
     made.add("Identity")
     made.nodes.append(helper.make_node("Softmax", [made.last], ["probabilities"], axis=1))
     inputs = [value("pixels", TensorProto.UINT8, ["unk__7", *shape])]
@@ -280,14 +290,16 @@ def test_what_has_no_weights_can_not_be_quantised() -> None:
         int8(made, images((4, 4, 3)))
 
 
+@pytest.mark.parametrize("bend", [1.0, 1.6])
 @pytest.mark.parametrize("mean", [120, IMAGENET])
-def test_float16_is_within_and_float32_at_both_ends(mean: Any) -> None:
-    before, pixels = clean(exported(mean=mean)), images()
+def test_float16_is_within_and_float32_at_both_ends(mean: Any, bend: float) -> None:
+    before, pixels = clean(exported(mean=mean, bend=bend)), images()
     made = fp16(before)
     # Where it is exact, the mean is taken away in halves.
     begins = ["Transpose", "Cast", "Sub", *(["Cast"] if mean == IMAGENET else []), "Conv"]
     assert kinds(made)[: len(begins)] == begins
-    assert kinds(made)[-2:] == ["Cast", "Softmax"]
+    end = ["LogSoftmax", "Neg", "Relu", "Pow", "Neg"] if bend != 1 else []
+    assert kinds(made)[-len(end) - 2 :] == ["Cast", *end, "Softmax"]
     stored = onnx.load_model_from_string(made).graph.initializer
     large = [each.data_type for each in stored if len(each.dims) > 1 and each.name != "mean"]
     assert large == [TensorProto.FLOAT16] * 5
