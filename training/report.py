@@ -603,8 +603,8 @@ def _certainty(record: Record) -> _Node:
         figures.append(_figure(title, _reliability(before, "b"), caption))
         bend = f" and a bend of {found.bend:.3f}" if found.bend != 1 else ""
         caption = (
-            f"With a temperature of {found.temperature:.3f}{bend}, chosen on validation images, which "
-            "is part of the exported graph. "
+            "A scaling that was chosen on validation images is part of the exported graph: a temperature "
+            f"of {found.temperature:.3f}{bend}. "
         )
     title = f"{'After scaling: c' if scaled else 'C'}alibration error {_percent(after.error)}"
     figures.append(_figure(title, _reliability(after, "a"), caption + chance))
