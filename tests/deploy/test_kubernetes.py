@@ -81,11 +81,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]
         }
         (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), "utf-8")
         made[name] = build(folder)
-    folder = tmp_path_factory.mktemp("documented").resolve()
-    documented = example("yaml").replace("../deploy", os.path.relpath(DEPLOY, folder))
-    (folder / "kustomization.yaml").write_text(documented, "utf-8")
-    made["docs/deploy.md"] = build(folder)
+    # The example, and what it becomes for somebody who also retrains.
+    for name, text in (
+        ("docs/deploy.md", example("yaml")),
+        (
+            "docs/deploy.md, retrain",
+            re.sub(r"overlays/cpu|\n.*shared-models", retrained, example("yaml")),
+        ),
+    ):
+        folder = tmp_path_factory.mktemp("documented").resolve()
+        documented = text.replace("../deploy", os.path.relpath(DEPLOY, folder))
+        (folder / "kustomization.yaml").write_text(documented, "utf-8")
+        made[name] = build(folder)
     return made
+
+
+def retrained(found: re.Match[str]) -> str:
+    return "" if "shared-models" in found[0] else "overlays/retrain"
 
 
 def example(language: str) -> str:
@@ -99,6 +111,19 @@ def test_the_documented_service_config_is_that_of_our_client() -> None:
     assert json.loads(example("json")) == json.loads(
         str(dict(client._OPTIONS)["grpc.service_config"])
     )
+
+
+def test_the_documented_images_stay_what_they_are_for(built: dict[str, list[Manifest]]) -> None:
+    def ours(name: str) -> set[str]:
+        return {
+            container["image"]
+            for _, spec in pods({name: built[name]})
+            for container in containers(spec)
+            if "convoy" in container["image"]
+        }
+
+    for overlay, documented in (("cpu", "docs/deploy.md"), ("retrain", "docs/deploy.md, retrain")):
+        assert ours(documented) == {f"registry.example/{image}" for image in ours(overlay)}
 
 
 def every(built: dict[str, list[Manifest]], *kinds: str) -> Iterator[tuple[str, Manifest]]:
