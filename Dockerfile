@@ -14,7 +14,7 @@
 # stopping    SIGTERM; give it more than --shutdown-delay-s and --drain-grace-s, 25 s together:
 #             `docker stop -t 30`
 # settings    CONVOY_* variables, or flags: `docker run convoy:cpu serve --engines 1`
-# size        over that of the base: serve 255 MB (ONNX Runtime 80, NumPy 71, Pillow 24, grpcio 19, obstore
+# size        over that of the base: serve 267 MB (ONNX Runtime 80, NumPy 71, Pillow 24, grpcio 19, obstore
 #             16, the compiled standard library 13), serve-gpu 2.7 GB (NVIDIA's libraries 2.1, ONNX
 #             Runtime 0.36), train 2.4 GB (TensorFlow 1.5 without its headers, pyarrow 0.18, SciPy 0.15)
 # packages    locks/*.txt, by hash. --build-arg SERVE_LOCKS="-r cpu.txt -r parquet.txt" adds pyarrow, for
