@@ -27,6 +27,7 @@ from service import metrics, policy
 from service.settings import Settings
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment
 from tests.deploy.conftest import DEPLOY, found
+from tests.integration.object_store import URL, ObjectStore
 from training.job import EXIT
 from training.settings import TrainingSettings
 
@@ -42,6 +43,7 @@ COMBINED = {
     ),
     "retrain with monitoring": ("retrain", ["monitoring"]),
     "cpu on a store": ("cpu", ["object-store", "autoscale", "monitoring"]),
+    "retrain on a store": ("retrain", ["object-store", "monitoring"]),
 }
 # The oldest release that has all that is used, and the newest that the schemas know.
 VERSIONS = "1.30", "1.34"
@@ -356,7 +358,8 @@ def test_commands_and_variables_are_what_the_command_line_takes(
                     assert settings.actors == job["completions"] * cores, what
                 else:
                     # Nothing else outlasts the pod, and the root file system can't be written to.
-                    assert settings.models == Path("/models"), what
+                    store = any(each["name"] == "STORE" for each in container["env"])
+                    assert settings.models == Path("/training/models" if store else "/models"), what
                     assert settings.checkpoints.is_relative_to("/training"), what
     assert seen
 
@@ -535,6 +538,61 @@ def test_a_job_that_is_told_to_stop_tells_the_training(
         job.terminate()
         assert job.stdout.readline() == "told\n"
         assert job.wait(TIMEOUT_S) == 143
+
+
+def test_a_job_brings_models_of_a_store_and_puts_there_what_it_made(tmp_path: Path) -> None:
+    base, program = tmp_path / "models" / "digits", tmp_path / "convoy"
+    # A version that differs from the one before.
+    trained = (
+        f'[ "$1" = models ] && exec {sys.executable} -m convoy "$@"\n'
+        f"ls {base}; cd {base}; cp -r 1 2; cd 2; rm report.html\n"
+        f"exec {sys.executable} - <<'END'\n"
+        "import json, pathlib\n"
+        "path = pathlib.Path('manifest.json')\n"
+        "told = json.loads(path.read_text())\n"
+        "del told['files']['report.html']\n"
+        "path.write_text(json.dumps(told))\n"
+        "END"
+    )
+    real = trained.partition("\n")[0]
+    job: list[str | Path] = [
+        "sh",
+        KUBERNETES / "overlays" / "retrain" / "retrain.sh",
+        f"--base={base}",
+    ]
+    with ObjectStore() as store:
+        given = store.variables()
+
+        def there() -> set[str]:
+            found = [each["path"] for batch in store.inside.list() for each in batch]
+            return {path.split("/")[1] for path in found if path.endswith("manifest.json")}
+
+        def run(convoy: str) -> subprocess.CompletedProcess[str]:
+            program.write_text(f"#!/bin/sh\n{convoy}\n", encoding="ascii")
+            program.chmod(0o755)
+            path = f"{tmp_path}:{os.environ['PATH']}"
+            return subprocess.run(
+                job,
+                capture_output=True,
+                cwd=REPOSITORY,
+                env=environment(**given, STORE=URL, PATH=path),
+                text=True,
+                timeout=4 * TIMEOUT_S,
+            )
+
+        store.add(REPOSITORY / "models" / "digits" / "1")
+        done = run(trained)
+        assert done.returncode == 0, done.stderr
+        assert "1\n" in done.stdout
+        assert there() == {"1", "2"}
+        # Once.
+        done = run(f"{real}\nexit 4")
+        assert done.returncode == 0, done.stderr
+        assert there() == {"1", "2"}
+        # Nothing is trained where it is not known what it is to be better than.
+        store.kill()
+        done = run(f"{real}\nexit 0")
+        assert done.returncode == 75, done.stderr
 
 
 @pytest.fixture
