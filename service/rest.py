@@ -9,6 +9,7 @@ https://github.com/triton-inference-server/server/tree/main/docs/protocol.
 import base64
 import binascii
 import html
+import logging
 import re
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -110,6 +111,8 @@ class Rest:
     def __init__(self, settings: Settings, loop: Loop) -> None:
         """Raises ConvoyError where the settings for TLS don't fit together."""
         self._max_images = settings.max_images
+        # What callers send must not fill the log.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         self.web = Web(settings, loop, self.answer)
 
     async def answer(self, request: Request) -> Reply:

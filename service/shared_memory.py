@@ -28,8 +28,8 @@ from service.errors import AlreadyThere, ConvoyError, InvalidRequest, NotPossibl
 
 # Where POSIX shared memory objects are on Linux: https://man7.org/linux/man-pages/man7/shm_overview.7.html.
 _OBJECTS = Path("/dev/shm")  # noqa: S108 (no file of ours)
-# As the C library's shm_open takes them.
-_KEY = re.compile(r"/*(?!\.{1,2}\Z)([^/\0]+)")
+# As the C library's shm_open takes them; but with so many slashes that a registration has room for them.
+_KEY = re.compile(r"/{0,255}(?!\.{1,2}\Z)([^/\0]+)")
 _LONGEST_NAME = 255
 
 # Regions that may be registered at once. What leaves its own behind must not fill a disk.

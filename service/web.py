@@ -26,6 +26,7 @@ import grpc
 import msgspec
 import uvicorn
 from google.protobuf.message import Message
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service import errors
@@ -67,6 +68,10 @@ _UNTAKEN_S = 30.0
 # Bodies from this size on are worked on by other threads, as they take more than a millisecond.
 _SMALL_BYTES = 64_000
 _THREADS = 2
+# They unpack so much at a time, for one request after the other.
+_PIECE_BYTES = 1_000_000
+# So many requests may wait on one connection for the answer to the one before them.
+_PIPELINED = 100
 # Answers from this size on are compressed, for those who ask for it.
 _COMPRESSED_BYTES = 1000
 _COMPRESSION = 1  # of 9: the network is seldom slower
@@ -191,20 +196,36 @@ class Request:
             return body
         if coding not in {"gzip", "deflate"}:
             raise Refused(415, f"content-encoding {coding[:20]!r}: expected gzip or deflate")
-        return await self._web.aside(len(body), lambda: self._unpacked(body))
+        return await self._unpacked(body)
 
-    def _unpacked(self, body: bytes) -> bytes:
-        most = self._web.max_bytes
+    async def _unpacked(self, body: bytes) -> bytes:
+        """In pieces, counted as they come: what is small may be a thousand times as large unpacked, and
+        so must neither be worked on at once, nor be in memory with all others that are.
+        """
+        most, size = self._web.max_bytes, 0
+        pieces: list[bytes] = []
         unpacker = zlib.decompressobj(wbits=47)  # zlib's or gzip's, as it says itself
-        try:
-            data = unpacker.decompress(body, most + 1)
-        except zlib.error as error:
-            raise errors.InvalidRequest(f"the body can't be decompressed: {error}") from None
-        if len(data) > most:
-            raise self._too_large(len(data))
+        step, rest = _SMALL_BYTES - 1, body
+        while True:
+            try:
+                piece = await self._web.aside(
+                    max(step, len(rest)),
+                    functools.partial(unpacker.decompress, rest, step),
+                )
+            except zlib.error as error:
+                raise errors.InvalidRequest(f"the body can't be decompressed: {error}") from None
+            self._web.hold(self, len(piece))
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                raise self._too_large(size)
+            # What is full may have left more behind, although nothing is left to be read.
+            if unpacker.eof or len(piece) < step:
+                break
+            step, rest = _PIECE_BYTES, unpacker.unconsumed_tail
         if not unpacker.eof or unpacker.unused_data:
             raise errors.InvalidRequest("the compressed body does not end where it should")
-        return data
+        return b"".join(pieces)
 
     async def left(self) -> None:
         """Ends when the caller hangs up."""
@@ -279,12 +300,27 @@ class _Call(Exchange):
             self.outcome.set_result(outcome)
 
 
+class _Flow(FlowControl):
+    """Reads no more while requests wait that have been read already: uvicorn does with each answer, and
+    would hold what comes faster than it is answered.
+    """
+
+    def __init__(self, protocol: "_Protocol") -> None:
+        super().__init__(protocol.transport)
+        self._waiting = protocol.pipeline
+
+    def resume_reading(self) -> None:
+        if not self._waiting:
+            super().resume_reading()
+
+
 class _Protocol(HttpToolsProtocol):
     """uvicorn's, with bounds on what callers may make it hold and wait for."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._in_head, self._in_body, self._head_bytes = True, False, 0
+        self._wrong = ""
         self._timer: asyncio.TimerHandle | None = None
 
     def _limit(self, seconds: float | None) -> None:
@@ -297,6 +333,7 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(self)
         self._limit(_HEAD_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -322,12 +359,30 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
         self._limit(None)
+        # The parser would leave the body out, and take it for the next request.
+        if self.parser.should_upgrade() and any(
+            name == b"transfer-encoding" or (name == b"content-length" and int(value))
+            for name, value in self.headers
+        ):
+            self._wrong = "nothing is upgraded here: send a body without the header Upgrade"
+            raise ValueError(self._wrong)
         super().on_headers_complete()
+        if len(self.pipeline) > _PIPELINED:
+            self.transport.abort()
 
     def on_message_complete(self) -> None:
         self._in_head, self._in_body, self._head_bytes = True, False, 0
         self._limit(None)
         super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """As uvicorn's, which has no JSON. Called where what callbacks raise has ended the parser."""
+        body = refusal(400, self._wrong or msg).body
+        self.transport.write(
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -23,7 +23,7 @@ import pytest
 from service.bundle import Golden
 from tests.certificates import make_certificates
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
-from tests.integration.conftest import Gate
+from tests.integration.conftest import Gate, wait_until
 from tests.integration.models import FAST_IMAGE, add_slow, colours_of, slow_of
 from tests.integration.pictures import encode, noise
 
@@ -72,6 +72,7 @@ def server(models: Path) -> Iterator[Server]:
     with Server("--http-port", "0", "--max-request-mb", "2", models=models) as server:
         yield server.ready()
     assert "Traceback" not in server.log
+    assert "python_multipart" not in server.log  # which warns of each form that is broken
 
 
 def test_every_path_is_described_and_answers(server: Server) -> None:
@@ -351,9 +352,58 @@ def test_bodies_and_heads_without_end_are_not_held(server: Server) -> None:
     answer = raw_answer(server, start + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + piece * 40 + b"0\r\n\r\n")  # fmt: skip
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert raw_answer(server, b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 1_000_000) == b""
-    assert raw_answer(server, b"nothing of the kind\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    answer = raw_answer(server, b"nothing of the kind\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {
+        "error": "Invalid HTTP request received."
+    }
     assert ask(server, "/v2/health/live").status == 200
     assert server.metrics()["process_resident_memory_bytes"] < before + 30e6
+
+
+def test_what_a_body_is_unpacked_is_counted_with_all_that_come(models: Path) -> None:
+    flags = ("--http-port", "0", "--max-request-mb", "3", "--max-held-mb", "3")
+    with Server(*flags, models=models) as server:
+        server.ready()
+        bomb = gzip.compress(bytes(2_900_000))
+        assert ask(server, INFER, bomb, content_encoding="gzip").status == 400  # no JSON
+        with socket.create_connection(("127.0.0.1", server.http_port), TIMEOUT_S) as connection:
+            connection.sendall(b"POST /v1/classify HTTP/1.1\r\nContent-Length: 2000000\r\n\r\n")
+            connection.sendall(bytes(1_000_000))
+            wait_until(lambda: ask(server, INFER, bomb, content_encoding="gzip").status == 429)
+        wait_until(lambda: ask(server, INFER, bomb, content_encoding="gzip").status == 400)
+
+
+def test_of_many_requests_at_once_only_so_many_are_held(server: Server) -> None:
+    # Read no faster than they are answered, all are.
+    post = b"POST /nothing HTTP/1.1\r\nContent-Length: 5000\r\n%b\r\n" + bytes(5000)
+    whole = raw_answer(server, post % b"" * 999 + post % b"Connection: close\r\n")
+    assert whole.count(b"HTTP/1.1 404 ") == 1000
+    # Of these all would be, too, but they come in one piece.
+    get = b"GET /v2/health/live HTTP/1.1\r\n%b\r\n"
+    with contextlib.suppress(ConnectionResetError):
+        answers = raw_answer(server, get % b"" * 999 + get % b"Connection: close\r\n")
+        assert answers.count(b"HTTP/1.1 200 ") < 1000
+    assert ask(server, "/v2/health/live").status == 200
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 34", b"Transfer-Encoding: chunked"])
+def test_a_body_is_never_taken_for_the_next_request(server: Server, length: bytes) -> None:
+    head = f"POST {INFER} HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n".encode()
+    address = ("127.0.0.1", server.http_port)
+    with socket.create_connection(address, TIMEOUT_S) as connection:
+        connection.sendall(head + length + b"\r\n\r\n")
+        got = connection.recv(65_536)
+        with contextlib.suppress(OSError):  # it is closed
+            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\n\r\n")
+            while piece := connection.recv(65_536):
+                got += piece
+    assert got.count(b"HTTP/1.1 ") == 1
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert "without the header Upgrade" in json.loads(got.partition(b"\r\n\r\n")[2])["error"]
+    # Without a body there is nothing to mistake.
+    asked = b"GET /v2/health/live HTTP/1.1\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n"
+    assert raw_answer(server, asked).startswith(b"HTTP/1.1 200 ")
 
 
 def test_whoever_breaks_off_leaves_nothing_behind(server: Server, digits: Golden) -> None:
