@@ -613,7 +613,10 @@ def retrain(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
     return run
 
 
-def test_a_volume_begins_with_the_models_of_the_image_and_keeps_what_it_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_a_volume_begins_with_the_models_of_the_image_and_keeps_what_it_has(
+    links: bool, tmp_path: Path
+) -> None:
     volume, policies = tmp_path / "volume", KUBERNETES / "components" / "canary"
     volume.mkdir()
 
@@ -622,10 +625,13 @@ def test_a_volume_begins_with_the_models_of_the_image_and_keeps_what_it_has(tmp_
         subprocess.run(
             ["sh", script, models, policies, volume],
             check=True,
-            env={"PATH": os.environ["PATH"], "HOSTNAME": "pod"},
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOSTNAME": "pod"},
             timeout=TIMEOUT_S,
         )
 
+    if not links:
+        (tmp_path / "ln").write_text("#!/bin/sh\nexit 1\n", encoding="ascii")
+        (tmp_path / "ln").chmod(0o755)
     seed(REPOSITORY / "models")
     assert sorted(path.name for path in volume.iterdir()) == ["cifar10", "digits"]
     made = (REPOSITORY / "models").rglob("*")
@@ -660,6 +666,21 @@ def test_autoscalers_ask_for_metrics_that_there_are(built: dict[str, list[Manife
         for name in re.findall(r"convoy_\w+", query):
             family = re.sub(r"^convoy_|_(sum|count|bucket)$", "", name)
             assert metrics._FAMILIES[family].kind == "histogram"
+
+
+def test_a_prometheus_without_the_operator_finds_who_has_metrics(
+    built: dict[str, list[Manifest]],
+) -> None:
+    for what, manifest in every(built, "Deployment", "ServingRuntime"):
+        if manifest["metadata"]["name"] == "convoy-envoy":
+            continue
+        spec = manifest["spec"]
+        told = spec if "annotations" in spec else spec["template"]["metadata"]
+        assert told["annotations"]["prometheus.io/scrape"] == "true", what
+        [container] = (pod(manifest) or {})["containers"]
+        ports = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
+        port = ports.get("metrics", str(Settings.metrics_port))
+        assert told["annotations"]["prometheus.io/port"] == port, what
 
 
 def test_the_operator_gets_the_rules_of_prometheus(built: dict[str, list[Manifest]]) -> None:

@@ -19,7 +19,8 @@ for policy in "$policies"/*.toml; do
     # Where there are no policies, the pattern itself.
     [ -e "$policy" ] && [ -d "$volume/$name" ] || continue
     cp "$policy" "$volume/$name/$beside"
-    # As `mv -n`, but in one step: a file that is there makes it fail.
-    ln "$volume/$name/$beside" "$volume/$name/versions.toml" 2>/dev/null || true
-    rm "$volume/$name/$beside"
+    # As `mv -n`, but in one step: a file that is there makes it fail. SMB has no such links.
+    ln "$volume/$name/$beside" "$volume/$name/versions.toml" 2>/dev/null ||
+        mv -n "$volume/$name/$beside" "$volume/$name/versions.toml" || true
+    rm -f "$volume/$name/$beside"
 done
