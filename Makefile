@@ -124,7 +124,7 @@ sbom: install ## Write what each image installs to dist/*.cdx.json (CycloneDX)
 licences: install ## List the licences of what the images install; fails on copyleft ones
 	@$(BIN)/uv tool run pip-licenses@5.5.5 --python=$(BIN)/python --from=mixed --order=license --with-urls \
 		--partial-match --fail-on="General Public License;GPL" \
-		--packages $$(sed -nE 's/^([a-z0-9._-]+)==.*/\1/p' locks/train.txt locks/bulk.txt | sort -u)
+		--packages $$(sed -nE 's/^([a-z0-9._-]+)==.*/\1/p' locks/cpu.txt locks/train.txt locks/bulk.txt | sort -u)
 
 .PHONY: audit
 audit: install ## Look up known vulnerabilities of what the images install: needs PyPI itself, no mirror
