@@ -95,6 +95,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]
         documented = text.replace("../deploy", os.path.relpath(DEPLOY, folder))
         (folder / "kustomization.yaml").write_text(documented, "utf-8")
         made[name] = build(folder)
+    # Of that, a pod of the next release beside it.
+    beside_it, both = (tmp_path_factory.mktemp("next").resolve() for _ in range(2))
+    canary_release: Manifest = {
+        "resources": [os.path.relpath(folder, beside_it)],
+        "components": [os.path.relpath(KUBERNETES / "components" / "canary-release", beside_it)],
+        "images": [{"name": "registry.example/convoy", "newTag": "next"}],
+    }
+    (beside_it / "kustomization.yaml").write_text(yaml.safe_dump(canary_release), "utf-8")
+    [canary] = [m for m in build(beside_it) if m["kind"] != "ConfigMap"]
+    assert canary["metadata"]["name"] == "convoy-canary"
+    kustomization = {"resources": [os.path.relpath(each, both) for each in (folder, beside_it)]}
+    (both / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), "utf-8")
+    made["docs/deploy.md, next"] = build(both)
     return made
 
 
@@ -126,6 +139,7 @@ def test_the_documented_images_stay_what_they_are_for(built: dict[str, list[Mani
 
     for overlay, documented in (("cpu", "docs/deploy.md"), ("retrain", "docs/deploy.md, retrain")):
         assert ours(documented) == {f"registry.example/{image}" for image in ours(overlay)}
+    assert ours("docs/deploy.md, next") - ours(documented) == {"registry.example/convoy:next"}
 
 
 def every(built: dict[str, list[Manifest]], *kinds: str) -> Iterator[tuple[str, Manifest]]:
