@@ -467,6 +467,16 @@ def test_pods_keep_to_the_restricted_pod_security_standard(
             assert tag not in {"", "latest"}, what
 
 
+def test_envoy_has_as_many_threads_as_cores(built: dict[str, list[Manifest]]) -> None:
+    for what, spec in pods({"envoy": built["envoy"]}):
+        [container] = spec["containers"]
+        if container["name"] == "envoy":
+            at = container["args"].index("--concurrency") + 1
+            assert container["args"][at] == container["resources"]["limits"]["cpu"], what
+            return
+    raise AssertionError("no Envoy")
+
+
 def test_a_pod_without_a_card_that_works_serves_nothing(built: dict[str, list[Manifest]]) -> None:
     [(_, deployment)] = every({"gpu": built["gpu"]}, "Deployment")
     [container] = deployment["spec"]["template"]["spec"]["containers"]
