@@ -310,17 +310,27 @@ def read_described(folder: Path) -> tuple[Manifest, str]:
 
 
 def contents(path: Path, limit: int = 0) -> bytes:
-    """Of a regular file, of at most `limit` bytes: whatever else may lie there would keep its reader
-    waiting. Raises OSError.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        there = os.fstat(descriptor)
-        if not stat.S_ISREG(there.st_mode):
-            raise OSError(errno.EINVAL, "is no regular file")
-        if limit and there.st_size > limit:
-            raise OSError(errno.EFBIG, f"{there.st_size} bytes are too many, the limit is {limit}")
+    """Of a regular file, of at most `limit` bytes. Raises OSError."""
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit and size > limit:
+            raise OSError(errno.EFBIG, f"{size} bytes are too many, the limit is {limit}")
         return file.read(limit or -1)
+
+
+def sha256(path: Path) -> str:
+    """Of a regular file, which may be larger than memory. Raises OSError."""
+    with _open(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[io.BufferedReader]:
+    """A regular file: whatever else may lie there would keep its reader waiting. Raises OSError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file")
+        yield file
 
 
 def _read_file(path: Path, limit: int) -> bytes:

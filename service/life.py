@@ -17,11 +17,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
 from service import bundle as bundles
@@ -172,11 +173,13 @@ class _Model:
 
 class _Look(NamedTuple):
     """What was found of a model on the disk: the stamps of versions, None for those that were not
-    looked into, and of its policy.
+    looked into, and of its policy. `whole`, of versions that are loaded and have another stamp than
+    before: whether their files are what their manifests say.
     """
 
     versions: dict[int, _Stamp | None]
     policy: policies.Stamp
+    whole: Mapping[int, bool] = MappingProxyType({})
 
 
 class Director:
@@ -555,6 +558,12 @@ class Director:
                 for number, version in model.versions.items()
                 if version.state == IDLE and version.stamp is not None
             }
+            loaded = {
+                (model.name, number): version.stamp
+                for model in self._models.values()
+                for number, version in model.versions.items()
+                if version.held
+            }
         folders = self._try_to_read(self.folder, bundles.folders)
         if folders is None:
             return None
@@ -568,7 +577,12 @@ class Director:
                     number: None if (name, number) in idle else _stamp(folder / str(number))
                     for number in numbers
                 }
-                looks[name] = _Look(stamps, policies.stamp(folder))
+                whole = {
+                    number: _whole(folder / str(number), stamp)
+                    for number, stamp in stamps.items()
+                    if stamp and stamp != loaded.get((name, number), stamp)
+                }
+                looks[name] = _Look(stamps, policies.stamp(folder), whole)
         return looks
 
     def _try_to_read(self, folder: Path, read: Callable[[Path], list[T]]) -> list[T] | None:
@@ -594,7 +608,7 @@ class Director:
                 if not version.on_disk:
                     version.on_disk, version.intact, version.stamp = True, True, None
                 if stamp is not None:
-                    self._inspect(model, version, stamp, now)
+                    self._inspect(model, version, stamp, look.whole.get(number), now)
         for model in list(self._models.values()):
             look = looks.get(model.name, _Look({}, ()))
             if look is None:
@@ -615,8 +629,10 @@ class Director:
             elif model.name in looks:
                 self._read_policy(model, look.policy)
 
-    def _inspect(self, model: _Model, version: _Version, stamp: _Stamp, now: float) -> None:
-        """What a version's folder holds. May read its manifest."""
+    def _inspect(
+        self, model: _Model, version: _Version, stamp: _Stamp, whole: bool | None, now: float
+    ) -> None:
+        """What a version's folder holds. May read its manifest; `whole`: see `_Look`."""
         folder = self.folder / model.name / str(version.number)
         if stamp == version.stamp:
             self._remind(model, version, now)
@@ -625,6 +641,8 @@ class Director:
             if version.state != INCOMPLETE or version.manifest:
                 return
             # Its manifest was there but could not be read, and nobody writes to it any more.
+        elif version.held and whole is None:
+            return  # it was loaded meanwhile: the next look is at its files, too
         else:
             # What is there at the beginning is judged as it is.
             version.changed_at = now if self._begun else -math.inf
@@ -641,7 +659,7 @@ class Director:
             reason, passing = str(error) or repr(error), isinstance(error.__cause__, OSError)
             manifest, digest = None, ""
         if version.held:
-            if digest == version.held.digest and _whole(folder):
+            if digest == version.held.digest and whole:
                 version.manifest, version.digest = manifest, digest
                 version.reason, version.intact = version.held.fallback, True
             elif digest:
@@ -934,6 +952,8 @@ class Director:
             return
         version.held, version.state, version.reason = outcome, READY, outcome.fallback
         version.retry_s = _RETRY_S
+        if version.stamp != version.tried:
+            version.stamp = None  # its files may have been changed since they were read
         if version.digest and version.digest != outcome.digest:
             version.reason, version.intact = _CHANGED, False
         if self._begun:
@@ -1040,13 +1060,19 @@ def _newer(policy: Policy, base: list[int], stable: int) -> bool:
     return bool(policy.newest and base and base[0] > stable)
 
 
-def _whole(folder: Path) -> bool:
-    """Whether the version's files are what its manifest says, as far as the disk answers."""
+def _whole(folder: Path, stamp: _Stamp) -> bool:
+    """Whether the version's files are what its manifest says, as far as the disk answers. Reads all
+    of them.
+    """
     try:
-        bundles.read(folder)
+        manifest = bundles.read_manifest(folder)
+        return not _missing(manifest, stamp) and all(
+            bundles.sha256(folder / name) == file.sha256 for name, file in manifest.files.items()
+        )
+    except OSError:
+        return True
     except BrokenVersion as error:
         return isinstance(error.__cause__, OSError)
-    return True
 
 
 def _unfit(stable: _Version, candidate: _Version) -> str:

@@ -402,6 +402,53 @@ def test_a_file_that_is_changed_while_its_version_serves_is_noticed(
     assert stage.stable == 1
 
 
+def test_a_file_that_goes_while_its_version_serves_is_noticed(stage: Stage) -> None:
+    (stage.model / "1" / "model.onnx").unlink()
+    stage.go_on()
+    assert stage.states() == {1: READY}
+    assert "a version never changes, publish a new one" in stage.reason(1)
+
+
+def test_a_file_that_is_changed_while_its_version_loads_is_noticed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[Callable[[Loaded | Refused], None]] = []
+    monkeypatch.setattr(stage.crew, "load", lambda name, version, gently, done: ends.append(done))
+    folder = write(stage.model).folder
+    digest = bundles.read(folder).digest
+    stage.go_on(2)
+    assert stage.states() == {1: READY, 2: LOADING}
+    damage_byte(folder)
+    stage.go_on(2)
+    stage.crew.held.add(("pets", 2))
+    for done in ends:
+        done(Loaded("cpu", "fp32", "", digest))
+    stage.go_on(2)
+    assert stage.stable == 2
+    assert "a version never changes, publish a new one" in stage.reason(2)
+
+
+def test_nobody_waits_while_files_of_what_serves_are_read(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be large, and the disk slow."""
+    heard = threading.Event()
+
+    def ask() -> None:
+        stage.director.in_use()
+        heard.set()
+
+    def read(_: Path) -> str:
+        threading.Thread(target=ask, daemon=True).start()
+        assert heard.wait(TIMEOUT_S)
+        return ""
+
+    monkeypatch.setattr(bundles, "sha256", read)
+    damage_byte(stage.model / "1")
+    stage.go_on()
+    assert heard.is_set()
+
+
 def test_a_folder_that_is_deleted_while_it_serves_goes_on_serving(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
