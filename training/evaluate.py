@@ -40,12 +40,15 @@ ROUNDING = 1e-2
 
 # Beyond these an answer's probabilities are all but equal, or all but 0 and 1, whatever the logits.
 _COLDEST, _HOTTEST = 0.05, 20.0
-# Beyond these it is not the network's certainty any more.
-_LEAST_BEND, _MOST_BEND = 0.4, 2.5
+# Beyond these it is not the network's certainty any more; and a power below a half would make of what
+# a float32 is rounded by near 1 more than `max_parity`.
+_LEAST_BEND, _MOST_BEND = 0.5, 2.5
 # What chance gains by one thing more to choose, in 1 of 20: half of the 95th percentile of chi-squared.
 _BY_CHANCE = 1.92
-# How far temperatures are expected from 1, as the standard deviation of their logarithm: two in
-# three between 0.6 and 1.6. A prior, which counts as much as a few images do.
+# What means of as many images as there are may be off by.
+_ROUNDED = 1e-12
+# How far temperatures and bends are expected from 1, as the standard deviation of their logarithms: two
+# in three between 0.6 and 1.6. A prior, which counts as much as a few images do.
 _SPREAD = 0.5
 
 # Fewer images than this choose no threshold.
@@ -397,10 +400,10 @@ def fit_scaling(logits: npt.NDArray[np.floating[Any]], labels: Labels) -> Scalin
 
     Of few images the log loss says little, and of images that are all right it only says: the colder,
     the better, up to a certainty that nobody has seen. So there are two bounds to it, which many images
-    make loose. The logarithm of the temperature has a normal prior around 0, which holds back where a
-    handful of images would go far. And answers become more certain only as long as their mean
-    confidence stays below (right + 1) / (N + 2), Laplace's rule of succession: who saw ten of ten
-    right has not seen 99%.
+    make loose. The logarithms of both have normal priors around 0, which hold back where a handful of
+    images would go far; without its own the bend would do what the temperature may not. And answers
+    become more certain only as long as their mean confidence stays below (right + 1) / (N + 2),
+    Laplace's rule of succession: who saw ten of ten right has not seen 99%.
 
     Raises NotEvaluable for NaN or infinity, and for shapes that don't fit.
     """
@@ -411,61 +414,71 @@ def fit_scaling(logits: npt.NDArray[np.floating[Any]], labels: Labels) -> Scalin
         raise NotEvaluable(f"logits of shape {list(values.shape)} to {len(labels)} images")
     _check_labels(labels, values.shape[1])
     _check_finite(values)
-    logarithms = special.log_softmax(values, axis=1)
-    right = int((logarithms.argmax(axis=1) == labels).sum())
-    given = float(np.exp(logarithms.max(axis=1)).mean())
+    surprise: _Floats = np.maximum(-special.log_softmax(values, axis=1), 0)
+    right = int((surprise.argmin(axis=1) == labels).sum())
+    given = float(np.exp(-surprise.min(axis=1)).mean())
     ceiling = max(given, (right + 1) / (len(labels) + 2))
+    straight, straight_loss = _fit_temperature(-surprise, labels, ceiling)
+    with np.errstate(divide="ignore"):
+        powers = np.log(surprise)
 
-    def loss(log_bend: float) -> float:
-        bent = _bent(logarithms, math.exp(log_bend))
-        return _fit_temperature(bent, labels, ceiling)[1]
+    def bent(log_bend: float) -> tuple[float, float]:
+        values = -np.exp(powers * math.exp(log_bend))
+        temperature, loss = _fit_temperature(values, labels, ceiling)
+        return temperature, loss + _prior(log_bend, len(labels))
 
-    straight, straight_loss = _fit_temperature(logarithms, labels, ceiling)
     bounds = math.log(_LEAST_BEND), math.log(_MOST_BEND)
-    found = optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
+    found = optimize.minimize_scalar(lambda bend: bent(bend)[1], bounds=bounds, method="bounded")
     gained = (straight_loss - float(found.fun)) * len(labels)
     if gained <= max(math.log(len(labels)) / 2, _BY_CHANCE):
         return Scaling(straight)
-    bend = math.exp(found.x)
-    return Scaling(_fit_temperature(_bent(logarithms, bend), labels, ceiling)[0], bend)
-
-
-def _bent(logarithms: _Floats, bend: float) -> _Floats:
-    bent: _Floats = -(np.maximum(-logarithms, 0) ** bend)
-    return bent
+    return Scaling(bent(found.x)[0], math.exp(found.x))
 
 
 def _fit_temperature(values: _Floats, labels: Labels, ceiling: float) -> tuple[float, float]:
     """What `values` are to be divided by for the log loss of their softmax to be least, and that loss,
     while the mean confidence is at most `ceiling`.
     """
-    from scipy import optimize, special
+    from scipy import optimize
 
-    rows = np.arange(len(labels))
+    gaps = values - values.max(axis=1, keepdims=True)
+    true = gaps[np.arange(len(labels)), labels]
+    # With many classes all the time goes into passes over this.
+    shares = np.empty_like(gaps)
 
-    def logarithms(log_temperature: float) -> _Floats:
-        scaled: _Floats = special.log_softmax(values / math.exp(log_temperature), axis=1)
-        return scaled
+    def sums(log_temperature: float) -> _Floats:
+        np.multiply(gaps, math.exp(-log_temperature), out=shares)
+        found: _Floats = np.exp(shares, out=shares).sum(axis=1)
+        return found
 
-    def loss(log_temperature: float) -> float:
-        true = logarithms(log_temperature)[rows, labels]
-        return float(-true.mean() + (log_temperature / _SPREAD) ** 2 / 2 / len(labels))
+    def slope(log_temperature: float) -> float:
+        """Of the loss."""
+        whole = sums(log_temperature)
+        mean = np.einsum("ij,ij->i", shares, gaps) / whole
+        rise = (true - mean).mean() * math.exp(-log_temperature)
+        return float(rise + log_temperature / _SPREAD**2 / len(labels))
 
     def excess(log_temperature: float) -> float:
-        return float(np.exp(logarithms(log_temperature).max(axis=1)).mean() - ceiling)
+        return float((1 / sums(log_temperature)).mean() - ceiling)
 
     low, high = math.log(_COLDEST), math.log(_HOTTEST)
+    if slope(low) >= 0:
+        best = low
+    elif slope(high) <= 0:
+        best = high
+    else:
+        best = optimize.brentq(slope, low, high)
     # Confidence falls with the temperature: there is one crossing at most.
-    if excess(0.0) == 0:
-        low = 0.0
-    elif excess(high) > 0:
-        low = high
-    elif excess(low) > 0:
-        low = optimize.brentq(excess, low, high)
-    found = optimize.minimize_scalar(loss, bounds=(low, high), method="bounded")
-    # The search never looks at the bounds themselves.
-    best = min((low, float(found.x)), key=loss)
-    return math.exp(best), loss(best)
+    if excess(best) > _ROUNDED:
+        best = optimize.brentq(excess, best, high) if excess(high) < 0 else high
+    # A temperature that is 1 but for rounding is 1.
+    best = best if abs(best) > 1e-9 else 0.0
+    loss = (np.log(sums(best)) - true * math.exp(-best)).mean()
+    return math.exp(best), float(loss + _prior(best, len(labels)))
+
+
+def _prior(logarithm: float, images: int) -> float:
+    return (logarithm / _SPREAD) ** 2 / 2 / images
 
 
 def unscaled(probabilities: npt.NDArray[np.floating[Any]], scaling: Scaling) -> _Floats:

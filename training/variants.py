@@ -87,8 +87,8 @@ def fp16(data: bytes) -> bytes:
     """The graph in half precision, for cards: uint8 in and float32 out as before.
 
     The softmax stays in float32, with the scaling of logits before it, and so does what makes floats
-    of pixels where halves would round it. Raises ConvoyError where a weight is beyond half precision. Whether what is computed from them
-    is shows with images alone.
+    of pixels where halves would round it. Raises ConvoyError where a weight is beyond half precision.
+    Whether what is computed from them is shows with images alone.
     """
     model = onnx.load_model_from_string(data)
     _name_nodes(model.graph)

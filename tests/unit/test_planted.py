@@ -109,7 +109,7 @@ def colours() -> Honest:
         return pixels.reshape(len(pixels), -1).astype(np.float64) / 255
 
     # Held so tight, it is too unsure of itself.
-    regression = LogisticRegression(C=0.01).fit(flat(train.inputs), train.labels)
+    regression = LogisticRegression(C=0.005).fit(flat(train.inputs), train.labels)
     scaling = fit_scaling(regression.decision_function(flat(validation.inputs)), validation.labels)
     assert scaling.bend != 1
 
