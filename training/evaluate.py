@@ -485,9 +485,10 @@ def unscaled(probabilities: npt.NDArray[np.floating[Any]], scaling: Scaling) -> 
     """What served probabilities `[N, classes]` were before the `scaling`."""
     from scipy import special
 
-    # A float32 that has become 0 was less than this.
-    least = float(np.finfo(np.float32).smallest_subnormal)
-    surprise: _Floats = -np.log(np.maximum(np.asarray(probabilities, np.float64), least))
+    # What has become 0 in float32 stays 0: as the least above that, hundreds of classes would come out
+    # as a large share where the scaling is sharp.
+    with np.errstate(divide="ignore"):
+        surprise: _Floats = -np.log(np.asarray(probabilities, np.float64))
     temperature, bend = scaling
     if bend == 1:
         given: _Floats = special.softmax(-surprise * temperature, axis=1)

@@ -333,6 +333,15 @@ def test_a_scaling_can_be_taken_out_of_probabilities_again(scaling: Scaling) -> 
     assert (found.temperature, found.bend) == scaling
 
 
+def test_who_was_certain_of_one_class_in_hundreds_comes_out_so() -> None:
+    """Though most of the others have become 0 by a scaling that is as sharp as any."""
+    values = np.random.default_rng(0).normal(0, 5, (500, 100))
+    before = special.softmax(values, axis=1).max(axis=1)
+    scaling = Scaling(0.5, 2.5)
+    found = unscaled(scaled(values, scaling), scaling).max(axis=1)
+    assert abs(found - before).mean() < 0.03
+
+
 @pytest.mark.parametrize("bend", [0.6, 1.5, 2.0])
 def test_what_is_bent_is_found_to_be(bend: float) -> None:
     """Labels come true as the bent logits say."""
