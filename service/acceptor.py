@@ -226,6 +226,8 @@ class Acceptor:
             return
         self._stopping = True
         self._tell()
+        if self._rest:
+            self._rest.web.withdraw()
         if delay_s:
             log.info("not ready; still answering for %g s", delay_s)
         self._loop.at(time.monotonic() + delay_s, self._drain)

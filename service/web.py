@@ -418,7 +418,7 @@ class Web:
         self._max_held = int(settings.max_held_mb * 1e6)
         self._held = 0
         self._calls: set[_Call] = set()
-        self._stopped = False
+        self._leaving = self._stopped = False
         self._pool = ThreadPoolExecutor(_THREADS, "http")
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._http: asyncio.AbstractEventLoop | None = None
@@ -466,6 +466,12 @@ class Web:
     def start(self) -> None:
         self._thread.start()
         self._begun.wait()
+
+    def withdraw(self) -> None:
+        """From any thread: whoever is answered is to come on another connection, which others may take.
+        One that is closed while it rests may have the next request on its way.
+        """
+        self._leaving = True
 
     def drain(self) -> None:
         """From any thread: takes no new connections, and closes each when it has answered."""
@@ -624,6 +630,8 @@ class Web:
             body, coding = await self._packed(request, body)
         if coding:
             headers += [(b"content-encoding", coding.encode()), (b"vary", b"accept-encoding")]
+        if self._leaving:
+            headers.append((b"connection", b"close"))
         headers += [
             (b"content-type", reply.kind.encode()),
             (b"content-length", str(len(body)).encode()),

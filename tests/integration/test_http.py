@@ -488,6 +488,21 @@ def test_admission_hanging_up_deadlines_and_draining(tmp_path: Path, gate: Gate)
     assert "Traceback" not in server.log
 
 
+def test_who_is_answered_by_a_server_that_is_to_stop_is_sent_elsewhere(models: Path) -> None:
+    flags = ("--http-port", "0", "--shutdown-delay-s", "3600")
+    with contextlib.closing(Server(*flags, models=models)) as server:
+        server.ready()
+        with contextlib.closing(connect(server)) as connection:
+            for close in (None, "close"):
+                connection.request("GET", "/v2/health/live")
+                response = connection.getresponse()
+                assert response.read() == b'{"live":true}'
+                assert response.headers["connection"] == close
+                if not close:
+                    server.send(signal.SIGTERM)
+                    server.wait_for("still answering")
+
+
 def test_several_acceptors_share_the_port(models: Path, digits: Golden) -> None:
     flags = ("--http-port", "0", "--acceptors", "2", "--engines", "1")
     with Server(*flags, models=models) as server:
