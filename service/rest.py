@@ -301,7 +301,12 @@ class Rest:
                     )
                 message.raw_input_contents.append(bytes(data[at : at + size]))
                 at += size
-            elif "shared_memory_region" not in tensor.parameters:
+            elif "shared_memory_region" in tensor.parameters:
+                if bytes(tensor.data) not in (b"", b"null"):
+                    raise InvalidRequest(
+                        f"input {tensor.name!r}: both data and shared_memory_region"
+                    )
+            else:
                 message.raw_input_contents.append(self._contents(tensor, coding))
         if data is not None and at != len(data):
             raise InvalidRequest(f"{len(data) - at} bytes follow the inputs' binary data")
@@ -324,7 +329,7 @@ class Rest:
         if data.count(b'"') > 2 * self._max_images:
             raise InvalidRequest(f"input {tensor.name!r}: more than {self._max_images} elements")
         try:
-            texts = _TEXTS.decode(data.translate(None, b" \t\r\n") if data[1:2] == b"[" else data)
+            texts = _TEXTS.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"input {tensor.name!r}, data: {error}") from None
         elements = (_element(tensor.name, each, coding) for each in texts)

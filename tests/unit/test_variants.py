@@ -112,14 +112,11 @@ def exported(
         made.add("Add", "other")
         made.add("Mul", floats(0.5))
     if bend != 1:
-        for operation, *factors in (
-            ["LogSoftmax"],
-            ["Neg"],
-            ["Relu"],
-            ["Pow", floats(bend)],
-            ["Neg"],
-        ):
-            made.add(operation, *factors)
+        made.add("LogSoftmax")
+        made.add("Neg")
+        made.add("Relu")
+        made.add("Pow", floats(bend))
+        made.add("Neg")
     made.add("Identity")
     made.nodes.append(helper.make_node("Softmax", [made.last], ["probabilities"], axis=1))
     inputs = [value("pixels", TensorProto.UINT8, ["unk__7", *shape])]
