@@ -59,7 +59,9 @@ slow (uint8[N, 2, 2, 1] image) => (float[N, 4] scores) {
 }
 """
 # The same for every image, and much shorter.
-_STEADY = _SLOW.replace("asked = Cast <to = 7> (is_one)", "asked = Constant <value_int = 1> ()")
+_STEADY = _SLOW.replace(
+    "asked = Cast <to = 7> (is_one)", "asked = Constant <value_int = 1> ()"
+).replace("slow (uint8", "steady (uint8")
 
 # Answers as `slow`, but where the largest pixel is 13 with NaN, and where it is 17 not at all.
 _POISON = """
