@@ -425,7 +425,9 @@ class Store:
             return False
         try:
             listed = bundles.read_manifest(folder).files
-            return all(_sha256(folder / name) == file.sha256 for name, file in listed.items())
+            return all(
+                bundles.sha256(folder / name) == file.sha256 for name, file in listed.items()
+            )
         except (BrokenVersion, FileNotFoundError):
             return False
 
@@ -720,11 +722,6 @@ def _stats(folder: Path) -> tuple[tuple[str, int, int], ...]:
         )
     except FileNotFoundError:
         return ()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> bytes | None:
