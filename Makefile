@@ -4,7 +4,7 @@ CANDIDATES := python3 python3.13 python3.12 python3.11
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-PROTOC = $(BIN)/python -m grpc_tools.protoc -I. protos/*.proto
+PROTOC = $(BIN)/python -m grpc_tools.protoc -I convoy_protos=protos protos/*.proto
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header --no-annotate $(UPGRADE)
 TRAIN_EXTRAS = --extra cpu --extra mlflow --extra object-store --extra parquet
@@ -64,7 +64,7 @@ check: install ## Check format, lint, types, import rules, protocols, generated 
 	$(BIN)/lint-imports --no-logo
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && \
 		$(PROTOC) --python_out="$$new" --pyi_out="$$new" --grpc_python_out="$$new" && \
-		for file in "$$new"/protos/*; do cmp "$$file" "protos/$${file##*/}" || \
+		for file in "$$new"/convoy_protos/*; do cmp "$$file" "protos/convoy_protos/$${file##*/}" || \
 			{ echo "the generated code is not that of protos/*.proto: make protos"; exit 1; }; done
 	$(BIN)/buf lint protos
 	$(BIN)/buf breaking protos --against protos/released.binpb
@@ -76,8 +76,8 @@ format: install ## Format the code and mend what lint can
 	$(BIN)/ruff check --fix .
 
 .PHONY: protos
-protos: install ## Generate protos/*_pb2* from protos/*.proto
-	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=.
+protos: install ## Generate protos/convoy_protos/*_pb2* from protos/*.proto
+	$(PROTOC) --python_out=protos --pyi_out=protos --grpc_python_out=protos
 
 # `make check` lets nothing pass that would break callers of what stands in it.
 .PHONY: released

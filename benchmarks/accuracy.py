@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from service import bundle as bundles
+from convoy_service.artifacts import reader as bundles
 
 
 def main() -> int:

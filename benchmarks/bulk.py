@@ -28,10 +28,10 @@ from PIL import Image
 from convoy.bulk import job as jobs
 from convoy.bulk.settings import BulkSettings
 from convoy.bulk.work import Worker
-from service import bundle as bundles
-from service import images
-from service.bundle import Bundle
-from service.model import Model
+from convoy_service.artifacts import images
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle
+from convoy_service.engine.onnx_model import Model
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 KINDS = {"digits": (20_000, (28, 28), "PNG"), "cifar10": (1_500, (500, 375), "JPEG")}

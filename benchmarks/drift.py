@@ -23,15 +23,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from service import bundle as bundles
-from service import images, profile
-from service.drift import Observer, Watch, distance
-from service.metrics import Metrics
-from service.model import Model
-from service.settings import Settings
-from training import data as datasets
-from training.evaluate import answers, sure
-from training.settings import TrainingSettings
+from convoy_service.artifacts import images
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts import reference_statistics as profile
+from convoy_service.engine.onnx_model import Model
+from convoy_service.observers.drift_monitor import Observer, Watch, distance
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics
+from convoy_training.data import datasets
+from convoy_training.evaluation.scores import answers, sure
+from convoy_training.settings import TrainingSettings
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 SHAPES = [(28, 28, 1), (32, 32, 3), (224, 224, 3)]

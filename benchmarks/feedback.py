@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from service.feedback import Feedback
-from service.metrics import Metrics
+from convoy_service.observers.feedback_writer import Feedback
+from convoy_service.telemetry.counters import Metrics
 
 CLASSES, IMAGES = 10, 500
 SERVED = SimpleNamespace(

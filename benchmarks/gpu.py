@@ -94,9 +94,9 @@ def one(name: str, device: str, trial: Trial, seconds: float) -> Any:
     """One network with one set of options, in a process of its own: each size's first run, its
     steady one, two batches at once, and memory.
     """
-    from service import device as devices
-    from service import gpu
-    from service.model import Model
+    from convoy_service.engine import gpu
+    from convoy_service.engine import session as devices
+    from convoy_service.engine.onnx_model import Model
 
     network = NETWORKS[name]
     devices._CUDA_OPTIONS.update(trial.options)
@@ -172,7 +172,7 @@ def one(name: str, device: str, trial: Trial, seconds: float) -> Any:
 
 def decoded(files: list[bytes], seconds: float) -> tuple[int, float]:
     """How many of them were decoded in that time, and the seconds of CPU that took this thread."""
-    from service import images
+    from convoy_service.artifacts import images
 
     target, done = images.Target(224, 224, 3), 0
     for data in files:
@@ -212,8 +212,8 @@ class Bench:
 
     def _files(self) -> None:
         """The networks, and versions of them to serve."""
-        from training.add import add
-        from training.settings import AddSettings
+        from convoy_training.export.import_onnx import add
+        from convoy_training.settings import AddSettings
 
         if (CACHE / "models" / "resnet50").exists():
             return

@@ -42,8 +42,8 @@ def raw_images_per_s(onnx: str, seconds: float, jpeg: str) -> dict[int, float]:
     import numpy as np
 
     from convoy.bench.payloads import random_jpeg
-    from service import images
-    from service.model import Model
+    from convoy_service.artifacts import images
+    from convoy_service.engine.onnx_model import Model
 
     model = Model(Path(onnx).read_bytes(), device="cpu", threads=1)
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def empty_server(kind: str) -> None:
 
     import grpc
 
-    from protos import inference_pb2 as pb
+    from convoy_protos import inference_pb2 as pb
 
     metadata = pb.ModelMetadataResponse(name="cnn", versions=["1"], platform="empty")
     metadata.inputs.add(name="pixels", datatype="UINT8", shape=(-1, 28, 28, 1))
@@ -465,11 +465,11 @@ def make_models() -> None:
     import keras
     import numpy as np
 
-    from training.add import add
-    from training.data import Dataset
-    from training.export import serving_function, to_onnx
-    from training.network import build
-    from training.settings import AddSettings, TrainingSettings
+    from convoy_training.data.datasets import Dataset
+    from convoy_training.export.import_onnx import add
+    from convoy_training.export.to_onnx import serving_function, to_onnx
+    from convoy_training.fitting.networks import build
+    from convoy_training.settings import AddSettings, TrainingSettings
 
     keras.utils.set_random_seed(0)
 

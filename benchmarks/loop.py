@@ -2,7 +2,7 @@
 
 python benchmarks/loop.py loop [--rounds 3] [--seconds 20]
 
-`loop`: images a second of `training.fit` over those of Keras' `fit` with the same network, optimiser
+`loop`: images a second of `convoy_training.fitting.loop` over those of Keras' `fit` with the same network, optimiser
 and augmentation (flips and shifts, by Keras' own layers in a tf.data pipeline), both in float32; and of
 ours in what it takes by itself on this machine. Rounds of both alternate. The images are noise, which
 takes as long as any.
@@ -23,9 +23,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from service.images import Target
-from training.data import Dataset, Split
-from training.settings import TrainingSettings
+from convoy_service.artifacts.images import Target
+from convoy_training.data.datasets import Dataset, Split
+from convoy_training.settings import TrainingSettings
 
 IMAGES, SIDE = 5120, 32
 COMMON = TrainingSettings(
@@ -53,7 +53,7 @@ class _Enough(Exception):
 
 def ours(settings: TrainingSettings, seconds: float) -> float:
     """Images a second from the second epoch on."""
-    from training import fit
+    from convoy_training.fitting import loop as fit
 
     rates: list[tuple[float, float]] = []
 
@@ -77,7 +77,7 @@ def keras_fit(settings: TrainingSettings, seconds: float) -> float:
     import keras
     import tensorflow as tf
 
-    from training import network
+    from convoy_training.fitting import networks as network
 
     data = dataset()
     keras.utils.set_random_seed(0)

@@ -103,6 +103,6 @@ def resnet50() -> bytes:
 
 def float16(data: bytes) -> bytes:
     """The same in half precision; uint8 goes in and float32 comes out as before."""
-    from training.variants import fp16
+    from convoy_training.export.quantization import fp16
 
     return fp16(data)

@@ -38,8 +38,8 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
 
 CLASSIFY = "/convoy.v1.ImageClassifier/Classify"
 STREAM = "/convoy.v1.ImageClassifier/ClassifyStream"
@@ -74,9 +74,9 @@ def make_models(folder: Path) -> None:
     import onnx.parser
     from onnx import numpy_helper
 
-    from service import bundle as bundles
-    from service.bundle import Golden, Manifest
-    from service.images import Target
+    from convoy_service.artifacts import reader as bundles
+    from convoy_service.artifacts.images import Target
+    from convoy_service.artifacts.reader import Golden, Manifest
 
     pixels = np.random.default_rng(1).integers(0, LARGEST, (4, *SHAPE), dtype=np.uint8)
     golden = Golden(pixels, answers(pixels))

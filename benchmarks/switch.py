@@ -36,8 +36,8 @@ from benchmarks.load import CONVOY, ROOT, Running
 from convoy.bench.load import Fleet, Load, Samples, merge
 from convoy.bench.payloads import prepare
 from convoy.bench.settings import BenchSettings
-from protos import classifier_pb2 as pb
-from protos.classifier_pb2_grpc import ImageClassifierStub, ModelControlStub
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos.classifier_pb2_grpc import ImageClassifierStub, ModelControlStub
 
 # Of the requests together, in the closed loop that finds what the server can take.
 CONCURRENCY = 32

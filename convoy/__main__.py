@@ -16,8 +16,8 @@ from cyclopts import App, Parameter, Token, config
 
 from convoy.bench.settings import BenchSettings
 from convoy.bulk.settings import BulkSettings
-from service.errors import ConvoyError
-from service.settings import (
+from convoy_service.errors import ConvoyError
+from convoy_service.settings import (
     IMAGE_SUFFIXES,
     Count,
     FolderOrUrl,
@@ -29,7 +29,7 @@ from service.settings import (
     Version,
     default_models,
 )
-from training.settings import RECIPES, AddSettings, TrainingSettings
+from convoy_training.settings import RECIPES, AddSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -102,7 +102,7 @@ def _inherited(base: Path) -> tuple[dict[str, Any], str]:
     """The settings of the newest whole version in the model's folder `base`, none where there is none,
     and where they stand.
     """
-    from service import bundle as bundles
+    from convoy_service.artifacts import reader as bundles
 
     for version in reversed(bundles.versions(base)):
         try:
@@ -172,7 +172,7 @@ def serve(*, settings: Annotated[Settings, _Flat] = Settings()) -> int:
         _require("pyarrow", "parquet", "--feedback")
     if settings.otlp_endpoint:
         _require("opentelemetry.exporter.otlp.proto.http", "tracing", "--otlp-endpoint")
-    from service.server import serve as run
+    from convoy_service.server.serve import serve as run
 
     return run(settings)
 
@@ -448,7 +448,7 @@ def add(
     """
     _require("onnxruntime", "cpu", "adding models")
     _require("onnx", "onnx", "adding models")
-    from training.add import add as run
+    from convoy_training.export.import_onnx import add as run
 
     print(f"published {run(name, file, settings).folder}")
 
@@ -467,8 +467,8 @@ def push(folder: Path, url: str, /) -> None:
         s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
     """
     _require("obstore", "object-store", "pushing to an object store")
-    from service import bundle as bundles
-    from service.store import push as run
+    from convoy_service.artifacts import reader as bundles
+    from convoy_service.object_store.mirror import push as run
 
     versions = bundles.versions(folder)
     there = folder / str(versions[-1]) if versions else folder
@@ -491,7 +491,7 @@ def pull(url: str, folder: Path = Path("models"), /, *, newest: Count = 1) -> No
         How many versions of each model.
     """
     _require("obstore", "object-store", "pulling from an object store")
-    from service.store import pull as run
+    from convoy_service.object_store.mirror import pull as run
 
     for version in run(url, folder, newest):
         print(version)
@@ -511,7 +511,7 @@ def train(*, settings: Annotated[TrainingSettings, _Flat] = TrainingSettings()) 
         _require("mlflow", "mlflow", "--mlflow-uri")
     from rich.console import Console
 
-    from training.job import train as run
+    from convoy_training.pipeline.job import train as run
 
     return run(settings, Console(soft_wrap=True))
 
@@ -537,7 +537,7 @@ def check_data(
     from rich.console import Console
     from rich.progress import Progress
 
-    from training.check import check
+    from convoy_training.data.checks import check
 
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
@@ -605,8 +605,8 @@ def evaluate(
     from rich.console import Console
 
     from convoy.client import Classifier, ClassifierError
-    from training.evaluate import score, score_answers, served_answers
-    from training.run import load_test
+    from convoy_training.evaluation.scores import score, score_answers, served_answers
+    from convoy_training.pipeline.run import load_test
 
     console = Console(stderr=as_json, soft_wrap=True)
     bundle, model, test = load_test(
@@ -759,7 +759,7 @@ def feedback_export(
         that it says, those too that are in TO elsewhere.
     """
     _require("pyarrow", "parquet", "reading feedback")
-    from service.feedback import export, read_labels
+    from convoy_service.observers.feedback_writer import export, read_labels
 
     known = read_labels(labels) if labels else None
     done = export(folder, to, model=model, unsure=unsure, labels=known)
@@ -790,7 +790,7 @@ def feedback_delete(folder: Path, digest: str, /, *digests: str) -> None:
         More of them.
     """
     _require("pyarrow", "parquet", "reading feedback")
-    from service.feedback import delete
+    from convoy_service.observers.feedback_writer import delete
 
     print(f"{delete(folder, [digest, *digests])} images deleted")
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol, Self
 
 import grpc
 
-from protos import classifier_pb2 as pb
-from protos.classifier_pb2_grpc import ImageClassifierStub
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos.classifier_pb2_grpc import ImageClassifierStub
 
 DEFAULT_TARGET = "localhost:8001"
 

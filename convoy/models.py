@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Self
 import grpc
 
 from convoy.client import explain
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as inference
-from protos.classifier_pb2_grpc import ImageClassifierStub, ModelControlStub
-from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from service.errors import ConvoyError
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as inference
+from convoy_protos.classifier_pb2_grpc import ImageClassifierStub, ModelControlStub
+from convoy_protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from convoy_service.errors import ConvoyError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from service.policy import Policy
+    from convoy_service.rollout.policy import Policy
 
 # A model as this module passes it around and `--json` prints it, its versions the newest first.
 Model = dict[str, Any]
@@ -124,7 +124,7 @@ class Folder:
         return str(self._folder)
 
     def models(self) -> list[Model]:
-        from service import bundle as bundles
+        from convoy_service.artifacts import reader as bundles
 
         return [self._model(name) for name in bundles.names(self._folder)]
 
@@ -133,7 +133,7 @@ class Folder:
         return f"{model['file']} asks for: {model['policy']}; a server of this folder follows"
 
     def promote(self, name: str, version: int) -> None:
-        from service import policy as policies
+        from convoy_service.rollout import policy as policies
 
         def promoted(policy: "Policy") -> "Policy":
             number = version or policy.candidate
@@ -147,7 +147,7 @@ class Folder:
         policies.change(self._known(name), promoted)
 
     def rollback(self, name: str) -> None:
-        from service import policy as policies
+        from convoy_service.rollout import policy as policies
 
         def rolled_back(policy: "Policy") -> "Policy":
             if policy.candidate:
@@ -159,7 +159,7 @@ class Folder:
         policies.change(self._known(name), rolled_back)
 
     def pin(self, name: str, versions: Sequence[int]) -> None:
-        from service import policy as policies
+        from convoy_service.rollout import policy as policies
 
         folder = self._known(name)
         for version in versions:
@@ -167,18 +167,18 @@ class Folder:
         policies.change(folder, lambda policy: policies.pinned(policy, versions))
 
     def load(self, name: str) -> None:
-        from service import policy as policies
+        from convoy_service.rollout import policy as policies
 
         policies.change(self._known(name), policies.loaded)
 
     def unload(self, name: str) -> None:
-        from service import policy as policies
+        from convoy_service.rollout import policy as policies
 
         policies.change(self._known(name), policies.unloaded)
 
     def _known(self, name: str) -> Path:
         """The folder of a model. Raises ConvoyError where there is none."""
-        from service import bundle as bundles
+        from convoy_service.artifacts import reader as bundles
 
         names = bundles.names(self._folder)
         if name not in names:
@@ -187,7 +187,7 @@ class Folder:
 
     def _check(self, name: str, version: int) -> None:
         """Raises ConvoyError where a version can't be served, as far as its files tell."""
-        from service import bundle as bundles
+        from convoy_service.artifacts import reader as bundles
 
         there = bundles.versions(self._folder / name)
         if version not in there:
@@ -198,9 +198,9 @@ class Folder:
         bundles.read(self._folder / name / str(version))
 
     def _model(self, name: str) -> Model:
-        from service import bundle as bundles
-        from service import policy as policies
-        from service.canary import Canary
+        from convoy_service.artifacts import reader as bundles
+        from convoy_service.rollout import policy as policies
+        from convoy_service.rollout.canary import Canary
 
         folder = self._folder / name
         reason = ""
@@ -243,7 +243,7 @@ def _whole(version: Model) -> bool:
 
 def _read(folder: Path) -> dict[str, Any]:
     """What lies in the folder of a version."""
-    from service import bundle as bundles
+    from convoy_service.artifacts import reader as bundles
 
     version: dict[str, Any] = {"version": int(folder.name)}
     try:

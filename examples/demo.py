@@ -23,12 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from convoy import Classifier, Prediction
-from protos import inference_pb2, inference_pb2_grpc
-from service import bundle as bundles
-from service.bundle import Bundle
-from training import data
-from training.data import Split
-from training.settings import TrainingSettings
+from convoy_protos import inference_pb2, inference_pb2_grpc
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle
+from convoy_training.data import datasets as data
+from convoy_training.data.datasets import Split
+from convoy_training.settings import TrainingSettings
 
 FOLDER = Path("runs/demo")
 CONVOY = [sys.executable, "-m", "convoy"]

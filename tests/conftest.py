@@ -21,6 +21,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# The source roots: each holds one of the packages that an installed Convoy provides.
+SOURCES = os.pathsep.join(str(REPOSITORY / root) for root in (".", "service", "training", "protos"))
 
 # Generous: it only decides how long a test that hangs takes to fail.
 TIMEOUT_S = 120.0
@@ -29,7 +31,7 @@ TIMEOUT_S = 120.0
 def environment(**variables: str) -> dict[str, str]:
     """The environment without the CONVOY_* settings of whoever runs the tests, and `variables`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CONVOY_")}
-    ours = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "CONVOY_CACHE": "off"}
+    ours = {"PYTHONPATH": SOURCES, "COLUMNS": "200", "CONVOY_CACHE": "off"}
     return {**kept, **ours, **variables}
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from service.batcher import Outputs, Rows
-from service.channel import ModelInfo
+from convoy_service.engine.batcher import Outputs, Rows
+from convoy_service.ipc.protocol import ModelInfo
 
 COPIES = 48
 INFO = ModelInfo("digits", 3, (8, 8, 3), 2, 4, "CPU", "5ha")

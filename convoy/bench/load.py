@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convoy.bench.http2 import CODES, OK, REFUSED, UNAVAILABLE, Answer, Connection, frame
-from protos import classifier_pb2
-from service.errors import ConvoyError
+from convoy_protos import classifier_pb2
+from convoy_service.errors import ConvoyError
 
 Floats = NDArray[np.float64]
 

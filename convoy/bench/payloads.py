@@ -17,9 +17,9 @@ from PIL import Image
 
 from convoy.bench.load import Rows, Work
 from convoy.bench.settings import BenchSettings
-from protos import classifier_pb2, inference_pb2
-from service.errors import ConvoyError
-from service.settings import IMAGE_SUFFIXES
+from convoy_protos import classifier_pb2, inference_pb2
+from convoy_service.errors import ConvoyError
+from convoy_service.settings import IMAGE_SUFFIXES
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["ImageClassifier"].full_name

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from convoy.bench.report import Point
-from service.errors import ConvoyError
+from convoy_service.errors import ConvoyError
 
 _LINES = {"p50": "#56b4e9", "p90": "#0072b2", "p99": "#d55e00", "p99.9": "#cc79a7"}
 _NUMBERS = FuncFormatter(lambda value, _: f"{value:,.6g}")

@@ -16,8 +16,8 @@ from convoy.bench import payloads, report
 from convoy.bench.load import Fleet, Load
 from convoy.bench.report import Point
 from convoy.bench.settings import BenchSettings
-from service.cpu import whole_cores
-from service.errors import ConvoyError
+from convoy_service.engine.cpu import whole_cores
+from convoy_service.errors import ConvoyError
 
 _CONCURRENCY = (1, 8, 32)
 # Where capacity is looked for, until more in flight brings no more.

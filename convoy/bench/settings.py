@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from service.settings import Count, CountOrAuto, Positive, Seconds, Version
+from convoy_service.settings import Count, CountOrAuto, Positive, Seconds, Version
 
 _Switch = Annotated[bool, Parameter(negative=())]
 

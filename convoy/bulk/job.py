@@ -25,10 +25,10 @@ from pyarrow import compute, parquet, types
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from convoy.bulk.settings import BulkSettings
-from service import bundle as bundles
-from service.bundle import Bundle
-from service.errors import ConvoyError
-from service.settings import IMAGE_SUFFIXES
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle
+from convoy_service.errors import ConvoyError
+from convoy_service.settings import IMAGE_SUFFIXES
 
 _JOB, _IMAGES, _SUMMARY = "_job/job.json", "_job/images.parquet", "_job/summary.json"
 _TRIES = "_job/tries"

@@ -22,12 +22,12 @@ from convoy.bulk import job as jobs
 from convoy.bulk.job import Job, Part
 from convoy.bulk.settings import BulkSettings
 from convoy.bulk.work import Done, Worker
-from service import bundle as bundles
-from service import policy as policies
-from service.bundle import Bundle
-from service.cpu import whole_cores
-from service.errors import BrokenVersion, ConvoyError
-from service.settings import default_models
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle
+from convoy_service.engine.cpu import whole_cores
+from convoy_service.errors import BrokenVersion, ConvoyError
+from convoy_service.rollout import policy as policies
+from convoy_service.settings import default_models
 
 # How often it is told how far it is, where nobody sees a bar.
 _TELL_S = 10.0

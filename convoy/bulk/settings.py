@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from service.settings import Count, CountOrAuto, ModelsFolder, Positive, Version
+from convoy_service.settings import Count, CountOrAuto, ModelsFolder, Positive, Version
 
 _Switch = Annotated[bool, Parameter(negative=())]
 

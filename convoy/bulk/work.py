@@ -19,11 +19,11 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from convoy.bulk.job import Image, Job, Part, Place, place
-from service import images
-from service.bundle import Bundle, Probabilities
-from service.errors import ConvoyError, InferenceFailed, InvalidImage
-from service.images import Pixels
-from service.model import Model
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Bundle, Probabilities
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import ConvoyError, InferenceFailed, InvalidImage
 
 # Files that are waited for at once: a store takes its time for each.
 _READERS = 16

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos import classifier_pb2 as protos_dot_classifier__pb2
+from convoy_protos import classifier_pb2 as convoy__protos_dot_classifier__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/classifier_pb2_grpc.py depends on'
+        + ' but the generated code in convoy_protos/classifier_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,18 +36,18 @@ class ImageClassifierStub:
         """
         self.Classify = channel.unary_unary(
                 '/convoy.v1.ImageClassifier/Classify',
-                request_serializer=protos_dot_classifier__pb2.ClassifyRequest.SerializeToString,
-                response_deserializer=protos_dot_classifier__pb2.ClassifyResponse.FromString,
+                request_serializer=convoy__protos_dot_classifier__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=convoy__protos_dot_classifier__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
         self.ClassifyStream = channel.stream_stream(
                 '/convoy.v1.ImageClassifier/ClassifyStream',
-                request_serializer=protos_dot_classifier__pb2.ClassifyStreamRequest.SerializeToString,
-                response_deserializer=protos_dot_classifier__pb2.ClassifyStreamResponse.FromString,
+                request_serializer=convoy__protos_dot_classifier__pb2.ClassifyStreamRequest.SerializeToString,
+                response_deserializer=convoy__protos_dot_classifier__pb2.ClassifyStreamResponse.FromString,
                 _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/convoy.v1.ImageClassifier/ListModels',
-                request_serializer=protos_dot_classifier__pb2.ListModelsRequest.SerializeToString,
-                response_deserializer=protos_dot_classifier__pb2.ListModelsResponse.FromString,
+                request_serializer=convoy__protos_dot_classifier__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=convoy__protos_dot_classifier__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
 
 
@@ -82,18 +82,18 @@ def add_ImageClassifierServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Classify': grpc.unary_unary_rpc_method_handler(
                     servicer.Classify,
-                    request_deserializer=protos_dot_classifier__pb2.ClassifyRequest.FromString,
-                    response_serializer=protos_dot_classifier__pb2.ClassifyResponse.SerializeToString,
+                    request_deserializer=convoy__protos_dot_classifier__pb2.ClassifyRequest.FromString,
+                    response_serializer=convoy__protos_dot_classifier__pb2.ClassifyResponse.SerializeToString,
             ),
             'ClassifyStream': grpc.stream_stream_rpc_method_handler(
                     servicer.ClassifyStream,
-                    request_deserializer=protos_dot_classifier__pb2.ClassifyStreamRequest.FromString,
-                    response_serializer=protos_dot_classifier__pb2.ClassifyStreamResponse.SerializeToString,
+                    request_deserializer=convoy__protos_dot_classifier__pb2.ClassifyStreamRequest.FromString,
+                    response_serializer=convoy__protos_dot_classifier__pb2.ClassifyStreamResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
-                    request_deserializer=protos_dot_classifier__pb2.ListModelsRequest.FromString,
-                    response_serializer=protos_dot_classifier__pb2.ListModelsResponse.SerializeToString,
+                    request_deserializer=convoy__protos_dot_classifier__pb2.ListModelsRequest.FromString,
+                    response_serializer=convoy__protos_dot_classifier__pb2.ListModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -121,8 +121,8 @@ class ImageClassifier:
             request,
             target,
             '/convoy.v1.ImageClassifier/Classify',
-            protos_dot_classifier__pb2.ClassifyRequest.SerializeToString,
-            protos_dot_classifier__pb2.ClassifyResponse.FromString,
+            convoy__protos_dot_classifier__pb2.ClassifyRequest.SerializeToString,
+            convoy__protos_dot_classifier__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -148,8 +148,8 @@ class ImageClassifier:
             request_iterator,
             target,
             '/convoy.v1.ImageClassifier/ClassifyStream',
-            protos_dot_classifier__pb2.ClassifyStreamRequest.SerializeToString,
-            protos_dot_classifier__pb2.ClassifyStreamResponse.FromString,
+            convoy__protos_dot_classifier__pb2.ClassifyStreamRequest.SerializeToString,
+            convoy__protos_dot_classifier__pb2.ClassifyStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -175,8 +175,8 @@ class ImageClassifier:
             request,
             target,
             '/convoy.v1.ImageClassifier/ListModels',
-            protos_dot_classifier__pb2.ListModelsRequest.SerializeToString,
-            protos_dot_classifier__pb2.ListModelsResponse.FromString,
+            convoy__protos_dot_classifier__pb2.ListModelsRequest.SerializeToString,
+            convoy__protos_dot_classifier__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -203,18 +203,18 @@ class ModelControlStub:
         """
         self.Promote = channel.unary_unary(
                 '/convoy.v1.ModelControl/Promote',
-                request_serializer=protos_dot_classifier__pb2.PromoteRequest.SerializeToString,
-                response_deserializer=protos_dot_classifier__pb2.PromoteResponse.FromString,
+                request_serializer=convoy__protos_dot_classifier__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=convoy__protos_dot_classifier__pb2.PromoteResponse.FromString,
                 _registered_method=True)
         self.Rollback = channel.unary_unary(
                 '/convoy.v1.ModelControl/Rollback',
-                request_serializer=protos_dot_classifier__pb2.RollbackRequest.SerializeToString,
-                response_deserializer=protos_dot_classifier__pb2.RollbackResponse.FromString,
+                request_serializer=convoy__protos_dot_classifier__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=convoy__protos_dot_classifier__pb2.RollbackResponse.FromString,
                 _registered_method=True)
         self.Pin = channel.unary_unary(
                 '/convoy.v1.ModelControl/Pin',
-                request_serializer=protos_dot_classifier__pb2.PinRequest.SerializeToString,
-                response_deserializer=protos_dot_classifier__pb2.PinResponse.FromString,
+                request_serializer=convoy__protos_dot_classifier__pb2.PinRequest.SerializeToString,
+                response_deserializer=convoy__protos_dot_classifier__pb2.PinResponse.FromString,
                 _registered_method=True)
 
 
@@ -252,18 +252,18 @@ def add_ModelControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Promote': grpc.unary_unary_rpc_method_handler(
                     servicer.Promote,
-                    request_deserializer=protos_dot_classifier__pb2.PromoteRequest.FromString,
-                    response_serializer=protos_dot_classifier__pb2.PromoteResponse.SerializeToString,
+                    request_deserializer=convoy__protos_dot_classifier__pb2.PromoteRequest.FromString,
+                    response_serializer=convoy__protos_dot_classifier__pb2.PromoteResponse.SerializeToString,
             ),
             'Rollback': grpc.unary_unary_rpc_method_handler(
                     servicer.Rollback,
-                    request_deserializer=protos_dot_classifier__pb2.RollbackRequest.FromString,
-                    response_serializer=protos_dot_classifier__pb2.RollbackResponse.SerializeToString,
+                    request_deserializer=convoy__protos_dot_classifier__pb2.RollbackRequest.FromString,
+                    response_serializer=convoy__protos_dot_classifier__pb2.RollbackResponse.SerializeToString,
             ),
             'Pin': grpc.unary_unary_rpc_method_handler(
                     servicer.Pin,
-                    request_deserializer=protos_dot_classifier__pb2.PinRequest.FromString,
-                    response_serializer=protos_dot_classifier__pb2.PinResponse.SerializeToString,
+                    request_deserializer=convoy__protos_dot_classifier__pb2.PinRequest.FromString,
+                    response_serializer=convoy__protos_dot_classifier__pb2.PinResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -295,8 +295,8 @@ class ModelControl:
             request,
             target,
             '/convoy.v1.ModelControl/Promote',
-            protos_dot_classifier__pb2.PromoteRequest.SerializeToString,
-            protos_dot_classifier__pb2.PromoteResponse.FromString,
+            convoy__protos_dot_classifier__pb2.PromoteRequest.SerializeToString,
+            convoy__protos_dot_classifier__pb2.PromoteResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -322,8 +322,8 @@ class ModelControl:
             request,
             target,
             '/convoy.v1.ModelControl/Rollback',
-            protos_dot_classifier__pb2.RollbackRequest.SerializeToString,
-            protos_dot_classifier__pb2.RollbackResponse.FromString,
+            convoy__protos_dot_classifier__pb2.RollbackRequest.SerializeToString,
+            convoy__protos_dot_classifier__pb2.RollbackResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -349,8 +349,8 @@ class ModelControl:
             request,
             target,
             '/convoy.v1.ModelControl/Pin',
-            protos_dot_classifier__pb2.PinRequest.SerializeToString,
-            protos_dot_classifier__pb2.PinResponse.FromString,
+            convoy__protos_dot_classifier__pb2.PinRequest.SerializeToString,
+            convoy__protos_dot_classifier__pb2.PinResponse.FromString,
             options,
             channel_credentials,
             insecure,

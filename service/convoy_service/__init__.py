@@ -1,4 +1,10 @@
-"""The server: gRPC in front, ONNX Runtime behind, batches between. Never imports TensorFlow."""
+"""The server: gRPC in front, ONNX Runtime behind, batches between. It never imports TensorFlow.
+
+Packages, highest layer first: `server`; `api`, `lifecycle`, `observers`; `transport`, `registry`,
+`object_store`; `ipc`, `telemetry`; `engine`, `rollout`; `artifacts`; then the modules `errors`,
+`settings` and `tasks`. A package imports lower layers only.
+Callers: `convoy` and `convoy_training`.
+"""
 
 import os
 

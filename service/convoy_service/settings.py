@@ -245,5 +245,6 @@ def default_models() -> Path:
     if local.is_dir():
         return local
     here = Path(__file__).resolve().parent
-    installed, checkout = here / "models", here.parent / "models"
+    # In a checkout this file is service/convoy_service/settings.py, and models/ is beside service/.
+    installed, checkout = here / "models", here.parent.parent / "models"
     return installed if installed.is_dir() else checkout

@@ -5,7 +5,7 @@ from queue import SimpleQueue
 from threading import Thread, get_ident
 from typing import Any, Generic, Protocol, TypeVar
 
-from service.errors import Cancelled
+from convoy_service.errors import Cancelled
 
 T = TypeVar("T")
 

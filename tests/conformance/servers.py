@@ -8,10 +8,10 @@ from pathlib import Path
 import onnx
 import onnx.parser
 
+from convoy_training.export.import_onnx import add
+from convoy_training.settings import AddSettings
 from tests.conftest import REPOSITORY, Server
 from tests.integration.models import add_colours, add_slow
-from training.add import add
-from training.settings import AddSettings
 
 HTTP = ("--http-port", "0")
 OPEN = ("--allow-repository-control", "--allow-shared-memory")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.bundle import Golden
+from convoy_service.artifacts.reader import Golden
 from tests.conformance.matrix import Unavailable, node_modules
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment, installed
 from tests.integration import models as small

@@ -27,7 +27,7 @@ import pytest
 import yaml
 
 from convoy import Classifier
-from protos import classifier_pb2 as pb
+from convoy_protos import classifier_pb2 as pb
 from tests.conftest import TIMEOUT_S, Server
 from tests.deploy.conftest import DEPLOY, found
 from tests.integration.conftest import classifier_on

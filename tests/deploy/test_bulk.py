@@ -22,10 +22,10 @@ from pyarrow import parquet
 from convoy.bulk import job as jobs
 from convoy.bulk.settings import BulkSettings
 from convoy.bulk.work import Done
-from service import bundle as bundles
-from service import images
-from service.errors import ConvoyError
-from service.model import Model
+from convoy_service.artifacts import images
+from convoy_service.artifacts import reader as bundles
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import ConvoyError
 from tests.conftest import REPOSITORY, TIMEOUT_S, convoy, environment
 from tests.deploy.conftest import DEPLOY, found
 from tests.deploy.test_balancing import free_ports

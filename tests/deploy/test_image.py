@@ -29,9 +29,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 from convoy import Classifier
-from protos import classifier_pb2 as pb
-from service import bundle as bundles
-from service.bundle import Golden
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Golden
 from tests.conftest import REPOSITORY, TIMEOUT_S, environment
 from tests.deploy.conftest import DEPLOY, found
 from tests.deploy.test_balancing import free_ports
@@ -281,7 +281,11 @@ def test_the_image_has_what_serving_needs_and_no_more(root: Path) -> None:
     for gone in ("root/.cache", "var/cache/pip", "opt/tools", "src", "dist", "run/secrets"):
         assert not (root / gone).exists()
     # What the service imports is compiled: nobody could write it later.
-    sources = [*site.glob("service/*.py"), *site.glob("grpc/*.py"), *root.glob("usr/**/json/*.py")]
+    sources = [
+        *site.glob("convoy_service/*.py"),
+        *site.glob("grpc/*.py"),
+        *root.glob("usr/**/json/*.py"),
+    ]
     assert len({source.parent for source in sources}) == 3
     tag = sys.implementation.cache_tag
     for source in sources:

@@ -23,13 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from convoy import client
 from convoy.__main__ import app
 from convoy.bulk.settings import BulkSettings
-from service import metrics, policy
-from service.settings import Settings
+from convoy_service.rollout import policy
+from convoy_service.settings import Settings
+from convoy_service.telemetry import counters as metrics
+from convoy_training.pipeline.job import EXIT
+from convoy_training.settings import TrainingSettings
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment
 from tests.deploy.conftest import DEPLOY, found
 from tests.integration.object_store import URL, ObjectStore
-from training.job import EXIT
-from training.settings import TrainingSettings
 
 pytestmark = pytest.mark.deploy
 

@@ -28,11 +28,15 @@ import numpy as np
 import pytest
 import yaml
 
-from protos import classifier_pb2 as pb
-from service import bundle as bundles
-from service import gpu, metrics
-from service.bundle import Golden
-from service.model import Model
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Golden
+from convoy_service.engine import gpu
+from convoy_service.engine.onnx_model import Model
+from convoy_service.telemetry import counters as metrics
+from convoy_training.data.datasets import Split
+from convoy_training.release.publish import Check, GateClosed
+from convoy_training.settings import TrainingSettings
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.deploy.conftest import DEPLOY, found
 from tests.deploy.test_balancing import free_ports
@@ -50,9 +54,6 @@ from tests.integration.object_store import URL, ObjectStore
 from tests.integration.pictures import raw, solid
 from tests.integration.test_inference_protocol import infer_request, raw_bytes
 from tests.unit import test_job as jobs
-from training.data import Split
-from training.publish import Check, GateClosed
-from training.settings import TrainingSettings
 
 pytestmark = pytest.mark.deploy
 

@@ -14,13 +14,16 @@ import pytest
 import tensorflow as tf
 from scipy import special
 
-from service.errors import ConvoyError
-from service.images import Target
-from service.model import Model
-from training import export, fit, network, variants
-from training.data import Dataset, Split
-from training.evaluate import Scaling, compare
-from training.settings import TrainingSettings
+from convoy_service.artifacts.images import Target
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import ConvoyError
+from convoy_training.data.datasets import Dataset, Split
+from convoy_training.evaluation.scores import Scaling, compare
+from convoy_training.export import quantization as variants
+from convoy_training.export import to_onnx as export
+from convoy_training.fitting import loop as fit
+from convoy_training.fitting import networks as network
+from convoy_training.settings import TrainingSettings
 
 BASIC = TrainingSettings(filters=(4, 8), dense=8, precision="float32")
 STRONG = TrainingSettings(network="strong", filters=(8, 8), dropout=0.0, precision="float32")

@@ -14,7 +14,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from sklearn.datasets import load_digits
 
-from service import bundle as bundles
+from convoy_service.artifacts import reader as bundles
 from tests.conftest import convoy, environment
 
 TIMEOUT_S = 120.0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from service import bundle as bundles
+from convoy_service.artifacts import reader as bundles
 from tests.conftest import Server, convoy
 
 QUICK = ("--epochs", "12", "--min-accuracy", "0.8", "--min-recall", "0")

@@ -12,9 +12,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from training import data as datasets
-from training import fit
-from training.settings import TrainingSettings
+from convoy_training.data import datasets
+from convoy_training.fitting import loop as fit
+from convoy_training.settings import TrainingSettings
 
 
 def main() -> int:

@@ -12,13 +12,13 @@ import onnxruntime as ort
 import pytest
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
-from service import bundle as bundles
-from service import gpu
-from service.device import Card, Device, assignment, heavy_on_cpu, open_session
-from service.errors import BrokenVersion
-from service.model import COARSE_TOLERANCE, Model
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
+from convoy_service.artifacts import reader as bundles
+from convoy_service.engine import gpu
+from convoy_service.engine.onnx_model import COARSE_TOLERANCE, Model
+from convoy_service.engine.session import Card, Device, assignment, heavy_on_cpu, open_session
+from convoy_service.errors import BrokenVersion
 from tests.conftest import REPOSITORY, Server
 from tests.integration.conftest import classifier_on, inference_on
 from tests.integration.test_inference_protocol import infer_request, outputs_of, raw_pixels

@@ -16,8 +16,8 @@ import numpy as np
 from google.protobuf.message import Message
 from PIL import Image
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.models import COLOURS, add_colours, digits
 from tests.integration.pictures import encode, encode_image, noise, raw, solid

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 
-from service.batcher import Answer, Batcher, BatchTimes
-from service.channel import Engines, EngineServer, Hosted, RemoteBatcher
+from convoy_service.engine.batcher import Answer, Batcher, BatchTimes
+from convoy_service.ipc.engine_client import Engines, RemoteBatcher
+from convoy_service.ipc.engine_server import EngineServer, Hosted
 from tests.numbered import INFO, model, outputs, rows
 
 

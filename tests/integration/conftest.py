@@ -14,12 +14,12 @@ from typing import Any
 import grpc
 import pytest
 
-from protos.classifier_pb2_grpc import ImageClassifierStub
-from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from service import bundle as bundles
-from service.bundle import Golden
-from service.model import Model
-from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment, installed
+from convoy_protos.classifier_pb2_grpc import ImageClassifierStub
+from convoy_protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Golden
+from convoy_service.engine.onnx_model import Model
+from tests.conftest import REPOSITORY, SOURCES, TIMEOUT_S, Server, environment, installed
 from tests.integration import models as small
 
 LOCK = REPOSITORY / "locks" / "peers.txt"
@@ -54,8 +54,8 @@ class Gate:
         ours = Path(__file__).parent / "held"
         self.variables = {
             "HELD": str(folder),
-            "PYTHONPATH": os.pathsep.join(map(str, (ours, REPOSITORY))),
-            # Which service/__init__.py sets too late: ONNX Runtime is imported before.
+            "PYTHONPATH": os.pathsep.join((str(ours), SOURCES)),
+            # Which service/convoy_service/__init__.py sets too late: ONNX Runtime is imported before.
             "ORT_DISABLE_TELEMETRY": "1",
             # What is held is taken for slow, and who would come behind it for too late.
             "CONVOY_MAX_WAIT_S": "3600",

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from protos import classifier_pb2 as pb
-from service import bundle as bundles
-from service.bundle import Bundle
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, wait_until
 from tests.integration.models import add_colours, flip_a_byte

@@ -8,17 +8,24 @@ import numpy as np
 import onnx.parser
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-from service import bundle as bundles
-from service import profile
-from service.bundle import Bundle, Golden, Probabilities, Scores, Thresholds, Variant
-from service.images import Pixels
-from service.model import Model
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts import reference_statistics as profile
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import (
+    Bundle,
+    Golden,
+    Probabilities,
+    Scores,
+    Thresholds,
+    Variant,
+)
+from convoy_service.engine.onnx_model import Model
+from convoy_training.data import datasets
+from convoy_training.data.datasets import Dataset
+from convoy_training.evaluation.scores import sure
+from convoy_training.export.import_onnx import add
+from convoy_training.settings import AddSettings, TrainingSettings
 from tests.conftest import REPOSITORY
-from training import data as datasets
-from training.add import add
-from training.data import Dataset
-from training.evaluate import sure
-from training.settings import AddSettings, TrainingSettings
 
 COLOURS = ("red", "green", "blue")
 COLOURS_BATCH = 8

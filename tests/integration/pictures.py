@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from protos import classifier_pb2 as pb
-from service.bundle import Probabilities
-from service.images import Pixels
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Probabilities
 
 
 def encode(pixels: Pixels, kind: str = "PNG", **options: Any) -> bytes:

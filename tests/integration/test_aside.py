@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service import aside
-from service import bundle as bundles
-from service.errors import BrokenVersion
-from service.model import Model
-from service.settings import Settings
+from convoy_service.artifacts import reader as bundles
+from convoy_service.engine import isolated_verifier as aside
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import BrokenVersion
+from convoy_service.settings import Settings
 from tests.conftest import TIMEOUT_S
 from tests.integration.models import (
     COLOURS_BATCH,

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from protos import classifier_pb2 as pb
+from convoy_protos import classifier_pb2 as pb
 from tests.conftest import Server
 from tests.integration import bad_input
 from tests.integration.bad_input import CASES, CLASSIFY, INFER, PICTURES, Case, Picture, ask

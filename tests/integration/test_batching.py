@@ -8,11 +8,11 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import classifier_pb2 as pb
-from service.bundle import Probabilities
-from service.cpu import whole_cores
-from service.images import Pixels
-from service.model import Model
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Probabilities
+from convoy_service.engine.cpu import whole_cores
+from convoy_service.engine.onnx_model import Model
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration import test_inference_protocol as oip
 from tests.integration.conftest import Gate, classifier_on, inference_on

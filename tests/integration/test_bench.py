@@ -16,9 +16,9 @@ from PIL import Image
 from convoy.bench.http2 import CODES, REFUSED, Answer, Connection, frame
 from convoy.bench.run import run
 from convoy.bench.settings import BenchSettings
-from protos import classifier_pb2, inference_pb2
-from service.bundle import Golden
-from service.errors import ConvoyError
+from convoy_protos import classifier_pb2, inference_pb2
+from convoy_service.artifacts.reader import Golden
+from convoy_service.errors import ConvoyError
 from tests.conftest import TIMEOUT_S, Server, convoy
 from tests.integration.pictures import encode
 

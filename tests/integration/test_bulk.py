@@ -19,10 +19,10 @@ from convoy.bulk import work
 from convoy.bulk.job import Job
 from convoy.bulk.settings import BulkSettings
 from convoy.bulk.work import Done, Worker, _ahead
-from service import bundle as bundles
-from service.bundle import Bundle
-from service.errors import ConvoyError
-from service.model import Model
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import ConvoyError
 from tests.conftest import REPOSITORY, TIMEOUT_S
 from tests.integration.models import (
     COLOURS_BATCH,

@@ -12,15 +12,15 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from protos import classifier_pb2 as pb
-from service import bundle as bundles
-from service.bundle import Golden
-from service.canary import position
-from service.model import Model
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Golden
+from convoy_service.engine.onnx_model import Model
+from convoy_service.rollout.canary import position
+from convoy_training.export.import_onnx import add
+from convoy_training.settings import AddSettings
 from tests.conftest import Server
 from tests.integration.conftest import classifier_on
-from training.add import add
-from training.settings import AddSettings
 
 # The class is the row of the image that is the brightest. It multiplies matrices in ROUNDS, which
 # takes most of its time where these are many; answers another class to images whose first pixel is

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.batcher import Answer
-from service.channel import Engines, ModelInfo, RemoteBatcher, listen
-from service.errors import NotReady, Overloaded
+from convoy_service.engine.batcher import Answer
+from convoy_service.errors import NotReady, Overloaded
+from convoy_service.ipc.engine_client import Engines, RemoteBatcher
+from convoy_service.ipc.engine_server import listen
+from convoy_service.ipc.protocol import ModelInfo
 from tests.conftest import TIMEOUT_S, environment
 from tests.integration.conftest import wait_until
 from tests.numbered import INFO, outputs, rows

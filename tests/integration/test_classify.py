@@ -5,10 +5,10 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import classifier_pb2 as pb
-from service import images
-from service.bundle import Golden
-from service.model import Model
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts import images
+from convoy_service.artifacts.reader import Golden
+from convoy_service.engine.onnx_model import Model
 from tests.conftest import REPOSITORY, Server
 from tests.integration.conftest import classifier_on
 from tests.integration.models import COLOURS, colours_of

@@ -14,8 +14,8 @@ from PIL import Image
 
 import convoy.client
 from convoy import AsyncClassifier, Classifier, ClassifierError, Prediction
-from protos import classifier_pb2 as pb
-from service.bundle import Golden
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts.reader import Golden
 from tests.conftest import Server
 from tests.integration.models import COLOURS, colours_of
 from tests.integration.pictures import encode, noise, solid

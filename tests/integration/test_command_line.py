@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from protos import classifier_pb2 as pb
-from service.bundle import Golden
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts.reader import Golden
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, convoy, environment
 from tests.integration.conftest import classifier_on
 from tests.integration.models import add_colours, flip_a_byte

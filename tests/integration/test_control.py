@@ -16,11 +16,11 @@ import pytest
 from convoy import Classifier
 from convoy.__main__ import app
 from convoy.models import Folder
-from protos import classifier_pb2
-from protos import inference_pb2 as pb
-from service import policy as policies
-from service.errors import ConvoyError
-from service.policy import Policy
+from convoy_protos import classifier_pb2
+from convoy_protos import inference_pb2 as pb
+from convoy_service.errors import ConvoyError
+from convoy_service.rollout import policy as policies
+from convoy_service.rollout.policy import Policy
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, convoy
 from tests.integration.conftest import Peer, classifier_on, inference_on, wait_until
 from tests.integration.models import flip_a_byte

@@ -10,10 +10,10 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
-from service.cpu import whole_cores
-from service.images import Pixels
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
+from convoy_service.artifacts.images import Pixels
+from convoy_service.engine.cpu import whole_cores
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import Gate, classifier_on, inference_on
 from tests.integration.models import FAST_IMAGE, add_slow, add_steady, slow_of

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from protos import classifier_pb2 as pb
+from convoy_protos import classifier_pb2 as pb
+from convoy_training.data.datasets import Split
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on
 from tests.integration.models import add_profiled
-from training.data import Split
 
 WINDOW = 300
 

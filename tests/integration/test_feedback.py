@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from protos import classifier_pb2 as pb
-from service import bundle as bundles
-from service.bundle import Thresholds
-from service.images import Pixels
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Thresholds
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
 from tests.integration.models import COLOURS, add_colours, colours_of

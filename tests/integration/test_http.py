@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from service.bundle import Golden
+from convoy_service.artifacts.reader import Golden
 from tests.certificates import make_certificates
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.conftest import Gate, wait_until

@@ -13,9 +13,9 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import inference_pb2 as pb
-from service.bundle import Golden
-from service.images import Pixels
+from convoy_protos import inference_pb2 as pb
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Golden
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.conftest import Peer, inference_on
 from tests.integration.models import (

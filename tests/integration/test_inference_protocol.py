@@ -13,11 +13,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
-from protos import classifier_pb2
-from protos import inference_pb2 as pb
-from service.bundle import Probabilities
-from service.images import Pixels
-from service.model import Model
+from convoy_protos import classifier_pb2
+from convoy_protos import inference_pb2 as pb
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Probabilities
+from convoy_service.engine.onnx_model import Model
 from tests.integration.models import colours_of
 from tests.integration.pictures import encode, noise, probabilities, raw
 

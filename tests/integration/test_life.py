@@ -11,10 +11,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
-from service import gpu
-from service.bundle import Golden
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
+from convoy_service.artifacts.reader import Golden
+from convoy_service.engine import gpu
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.conftest import Gate, classifier_on, inference_on
 from tests.integration.models import FAST_IMAGE, add_colours, add_slow, add_steady, flip_a_byte

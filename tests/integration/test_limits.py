@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 import pytest
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
-from service.bundle import Golden
-from service.cpu import whole_cores
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
+from convoy_service.artifacts.reader import Golden
+from convoy_service.engine.cpu import whole_cores
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.bad_input import CLASSIFY, INFER, ask
 from tests.integration.conftest import Gate, classifier_on, inference_on

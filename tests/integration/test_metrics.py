@@ -16,8 +16,8 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
 from tests.integration.models import COLOURS_BATCH

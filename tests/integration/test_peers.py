@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from service.bundle import Golden
-from tests.conftest import REPOSITORY, Server, convoy
+from convoy_service.artifacts.reader import Golden
+from tests.conftest import REPOSITORY, SOURCES, Server, convoy
 from tests.integration.conftest import Peer
 from tests.integration.pictures import encode
 
@@ -58,7 +58,7 @@ def test_tritonclient_gets_what_convoy_classify_gets_to_the_bit(
 def test_tritonclient_and_convoy_live_in_one_process(
     peer: Peer, shipped: Server, folder: Path
 ) -> None:
-    seen = peer("beside_convoy", shipped.target, folder, PYTHONPATH=str(REPOSITORY))
+    seen = peer("beside_convoy", shipped.target, folder, PYTHONPATH=SOURCES)
     assert seen["triton"] == seen["convoy"]
     assert len(seen["convoy"]) == 10
 

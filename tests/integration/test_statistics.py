@@ -10,8 +10,8 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
 from tests.integration.pictures import encoded, solid

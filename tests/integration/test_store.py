@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from protos import classifier_pb2 as pb
-from service import bundle as bundles
-from service.policy import FILE
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts import reader as bundles
+from convoy_service.rollout.policy import FILE
 from tests.conftest import TIMEOUT_S, Server, convoy
 from tests.integration.conftest import classifier_on
 from tests.integration.models import add_colours

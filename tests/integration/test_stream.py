@@ -9,10 +9,10 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import classifier_pb2 as pb
-from service.bundle import Golden
-from service.cpu import whole_cores
-from service.images import Pixels
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Golden
+from convoy_service.engine.cpu import whole_cores
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import Gate, classifier_on
 from tests.integration.models import COLOURS, FAST_IMAGE, SLOW_IMAGE, add_colours, colours_of

@@ -15,11 +15,11 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import classifier_pb2 as pb
-from protos.classifier_pb2_grpc import ModelControlStub
-from service import bundle as bundles
-from service.bundle import Bundle, Golden
-from service.model import Model
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos.classifier_pb2_grpc import ModelControlStub
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle, Golden
+from convoy_service.engine.onnx_model import Model
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment
 from tests.integration.conftest import Gate, classifier_on, inference_on, wait_until
 from tests.integration.models import SLOW_IMAGE, add_colours, add_slow, colours_of

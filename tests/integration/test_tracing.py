@@ -11,8 +11,8 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import classifier_pb2
-from protos import inference_pb2 as pb
+from convoy_protos import classifier_pb2
+from convoy_protos import inference_pb2 as pb
 from tests.conftest import TIMEOUT_S, Server
 from tests.integration.conftest import classifier_on, inference_on
 from tests.integration.pictures import encode, encoded, noise, raw

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from convoy.client import Classifier
-from protos import classifier_pb2 as pb
-from service import bundle as bundles
-from service.bundle import Thresholds
-from service.model import Model
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Thresholds
+from convoy_service.engine.onnx_model import Model
 from tests.conftest import Server, convoy
 from tests.integration.conftest import classifier_on
 from tests.integration.models import add_colours, add_variants, digits

@@ -24,11 +24,13 @@ import onnx.parser
 import pytest
 from grpc_health.v1 import health_pb2
 
-from protos import classifier_pb2 as pb
-from protos import inference_pb2 as oip
-from service import bundle as bundles
-from service.bundle import Bundle, Golden
-from service.model import Model
+from convoy_protos import classifier_pb2 as pb
+from convoy_protos import inference_pb2 as oip
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle, Golden
+from convoy_service.engine.onnx_model import Model
+from convoy_training.export.import_onnx import add
+from convoy_training.settings import AddSettings
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server
 from tests.integration.conftest import Gate, classifier_on, inference_on, wait_until
 from tests.integration.models import (
@@ -46,8 +48,6 @@ from tests.integration.pictures import encoded, noise, probabilities, raw, solid
 from tests.integration.test_batching import SIZES, random_request
 from tests.integration.test_inference_protocol import infer_request, outputs_of, raw_pixels
 from tests.integration.test_life import NOT_SERVING, SERVICES, SERVING, check, health_on
-from training.add import add
-from training.settings import AddSettings
 
 TWO_ALONE = ("--acceptors", "2")
 ONE_AND_ONE = ("--acceptors", "1", "--engines", "1")

@@ -9,14 +9,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from service import bundle as bundles
-from service.bundle import Bundle, Probabilities
-from service.errors import ConvoyError
-from service.images import Pixels, Target
-from service.model import Model
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.artifacts.reader import Bundle, Probabilities
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import ConvoyError
+from convoy_training.export.import_onnx import add
+from convoy_training.settings import AddSettings
 from tests.unit.graphs import Floats, classifier, graph, logits, softmax, value
-from training.add import add
-from training.settings import AddSettings
 
 U8, F16, F32, F64 = (
     TensorProto.UINT8,

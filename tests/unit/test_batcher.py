@@ -17,8 +17,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from service.batcher import Answer, Batch, Batcher, BatchTimes, Outputs, Rows
-from service.errors import (
+from convoy_service.engine.batcher import Answer, Batch, Batcher, BatchTimes, Outputs, Rows
+from convoy_service.errors import (
     Cancelled,
     ConvoyError,
     DeadlineExceeded,

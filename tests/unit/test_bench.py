@@ -9,7 +9,7 @@ from convoy.bench import http2, report
 from convoy.bench.load import Load, Samples, merge, wrong_rows
 from convoy.bench.run import find_capacity, find_peak, run
 from convoy.bench.settings import BenchSettings
-from service.errors import ConvoyError
+from convoy_service.errors import ConvoyError
 
 OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = 0, 4, 8
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from service import bundle as bundles
-from service.bundle import Scores, Variant
-from service.errors import BrokenVersion, ConvoyError
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Scores, Variant
+from convoy_service.errors import BrokenVersion, ConvoyError
 from tests.unit.versions import GOLDEN, INT8, MANIFEST, ONNX, REPORT, RICH_GOLDEN, write, write_rich
 
 TIMEOUT_S = 60.0
@@ -541,7 +541,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_version_or_none(
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from service.errors import ConvoyError
+from convoy_service.errors import ConvoyError
 from tests.unit import versions
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

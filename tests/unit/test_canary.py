@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service.canary import (
+from convoy_service.rollout.canary import (
     Canary,
     Counts,
     compare,

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.batcher import Answer, Batcher, BatchTimes, Outputs, Rows
-from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatcher, listen
-from service.errors import Cancelled, DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from convoy_service.engine.batcher import Answer, Batcher, BatchTimes, Outputs, Rows
+from convoy_service.errors import Cancelled, DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from convoy_service.ipc.engine_client import Engines, RemoteBatcher
+from convoy_service.ipc.engine_server import EngineServer, Hosted, listen
+from convoy_service.ipc.protocol import ModelInfo
 from tests.numbered import INFO, POISON, model, numbers, outputs, rows
 
 # Only decides how long a test that hangs takes to fail.

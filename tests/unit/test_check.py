@@ -14,13 +14,13 @@ from PIL import Image, ImageDraw, ImageEnhance
 from sklearn.datasets import load_sample_images
 
 from convoy.__main__ import app
-from service import images
-from service.images import Target
-from training import data as datasets
-from training.check import Finding, Report, check, summary
-from training.data import untracked
-from training.duplicates import near
-from training.settings import TrainingSettings
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Target
+from convoy_training.data import datasets
+from convoy_training.data.checks import Finding, Report, check, summary
+from convoy_training.data.datasets import untracked
+from convoy_training.data.duplicates import near
+from convoy_training.settings import TrainingSettings
 
 SIDE = 64
 SAMPLES = [Image.fromarray(pixels) for pixels in load_sample_images().images]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpu import Budget, split, usable_cores, whole_cores
+from convoy_service.engine.cpu import Budget, split, usable_cores, whole_cores
 
 POD = "/kubepods/burstable/pod2f4d5c3e-8c1e-4bb2/4a7d1ed414474e4033ac29ccb8653d9b"
 SLICE = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod2f4d.slice"

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import images
-from service.errors import ConvoyError
-from service.images import Target
-from training import cache
-from training import data as datasets
-from training.data import DataError, Dataset, Split, class_weights, model_name
-from training.settings import TrainingSettings
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Target
+from convoy_service.errors import ConvoyError
+from convoy_training.data import cache, datasets
+from convoy_training.data.datasets import DataError, Dataset, Split, class_weights, model_name
+from convoy_training.settings import TrainingSettings
 
 
 def noise(name: str, size: tuple[int, int] = (8, 8), channels: int = 3) -> Image.Image:

@@ -13,18 +13,18 @@ import onnxruntime as ort
 import pytest
 from prometheus_client import generate_latest
 
-from service import bundle as bundles
-from service import device
-from service.batcher import Batcher
-from service.bundle import Scores, Variant
-from service.cpu import split
-from service.device import Card, Device, buckets, heavy_on_cpu, open_session
-from service.errors import BrokenVersion
-from service.life import Alone, Director
-from service.metrics import Metrics, registry
-from service.model import Model
-from service.repository import Repository, runs_here
-from service.settings import Settings
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Scores, Variant
+from convoy_service.engine import session as device
+from convoy_service.engine.batcher import Batcher
+from convoy_service.engine.cpu import split
+from convoy_service.engine.onnx_model import Model
+from convoy_service.engine.session import Card, Device, buckets, heavy_on_cpu, open_session
+from convoy_service.errors import BrokenVersion
+from convoy_service.lifecycle.manager import Alone, Director
+from convoy_service.registry.registry import Repository, runs_here
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics, registry
 from tests.integration.models import add_colours, add_variants, colours_of
 from tests.unit.graphs import classifier
 
@@ -75,7 +75,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
         opened.clear()
         monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
         monkeypatch.setattr(
-            "service.model.card_value",
+            "convoy_service.engine.onnx_model.card_value",
             lambda device, shape, kind: ort.OrtValue.ortvalue_from_shape_and_type(shape, kind),
         )
         monkeypatch.setattr(ort, "preload_dlls", lambda: print("no libcudart"))

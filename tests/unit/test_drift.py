@@ -13,20 +13,26 @@ from PIL import Image, ImageFilter
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-from service import profile
-from service.bundle import Manifest, Probabilities
-from service.drift import Distance, Observer, Watch, distance, over_chi_square
-from service.images import Pixels
-from service.metrics import Metrics, Snapshot, merge
-from service.model import Model
-from service.profile import Bins, Flags, Profile
+from convoy_service.artifacts import reference_statistics as profile
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Manifest, Probabilities
+from convoy_service.artifacts.reference_statistics import Bins, Flags, Profile
+from convoy_service.engine.onnx_model import Model
+from convoy_service.observers.drift_monitor import (
+    Distance,
+    Observer,
+    Watch,
+    distance,
+    over_chi_square,
+)
+from convoy_service.telemetry.counters import Metrics, Snapshot, merge
+from convoy_training.data.datasets import Dataset
+from convoy_training.evaluation.scores import sure
 from tests.integration.models import add_profiled
 from tests.unit.versions import MANIFEST
-from training.data import Dataset
-from training.evaluate import sure
 
 WINDOW, ALARM = 1000, 0.2
-# What service/drift.py states: the chance that a window without drift alarms.
+# What service/convoy_service/observers/drift_monitor.py states: the chance that a window without drift alarms.
 FALSE_ALARMS = 0.001
 
 SHOWN = [
@@ -60,7 +66,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 
 
 class Version:
-    """Of `service.repository.Served`, what observers look at."""
+    """Of `convoy_service.registry.registry.Served`, what observers look at."""
 
     def __init__(self, manifest: Manifest, version: int = 1, name: str = "digits") -> None:
         self.manifest, self.version, self.name = manifest, version, name
@@ -308,7 +314,7 @@ def test_two_hundred_windows_without_drift_alarm_within_the_stated_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A window in one request: the test would else take ten times as long.
-    monkeypatch.setattr("service.drift._AT_ONCE", WINDOW)
+    monkeypatch.setattr("convoy_service.observers.drift_monitor._AT_ONCE", WINDOW)
     draw = np.random.default_rng(0)
     pixels, given, unsure = drawn(draw, 5000)
     made = profile.make(pixels, given, unsure, [8] * len(pixels))

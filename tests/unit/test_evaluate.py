@@ -15,12 +15,11 @@ from scipy import special
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
-from service.bundle import Manifest, Probabilities, Thresholds
-from service.errors import InferenceFailed
-from service.images import Pixels, Target
-from tests.unit.graphs import logits, softmax
-from training.data import Labels
-from training.evaluate import (
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.artifacts.reader import Manifest, Probabilities, Thresholds
+from convoy_service.errors import InferenceFailed
+from convoy_training.data.datasets import Labels
+from convoy_training.evaluation.scores import (
     Interval,
     NotEvaluable,
     Scaling,
@@ -36,7 +35,8 @@ from training.evaluate import (
     unscaled,
     wilson,
 )
-from training.settings import TrainingSettings
+from convoy_training.settings import TrainingSettings
+from tests.unit.graphs import logits, softmax
 
 NAMES = ("a", "b", "c")
 

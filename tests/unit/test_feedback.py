@@ -21,17 +21,24 @@ from PIL import Image
 from pyarrow import parquet
 
 from convoy.__main__ import app
-from service import feedback as store
-from service import images
-from service.errors import ConvoyError
-from service.feedback import Exported, Feedback, delete, export, read_labels, schema
-from service.images import Pixels, Target
-from service.metrics import Metrics
-from service.repository import Answered, Observer, Served
-from service.settings import Settings
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.errors import ConvoyError
+from convoy_service.observers import feedback_writer as store
+from convoy_service.observers.feedback_writer import (
+    Exported,
+    Feedback,
+    delete,
+    export,
+    read_labels,
+    schema,
+)
+from convoy_service.registry.registry import Answered, Observer, Served
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics
+from convoy_training.data import datasets as data
+from convoy_training.settings import TrainingSettings
 from tests.conftest import TIMEOUT_S
-from training import data
-from training.settings import TrainingSettings
 
 LABELS = ("cat", "dog")
 SHAPE = (8, 6, 3)
@@ -350,7 +357,7 @@ def test_the_oldest_files_are_deleted_beyond_the_bound_and_nothing_else(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from service import feedback
+from convoy_service.observers import feedback_writer as feedback
 
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 feedback._store(Path(sys.argv[1]), b"half of a file")

@@ -10,12 +10,13 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from protos import inference_pb2 as pb
-from service import errors, front
-from service.front import Call, Front
-from service.metrics import Metrics
-from service.task import Wait
-from service.transport import Exchange, Loop, Trailers
+from convoy_protos import inference_pb2 as pb
+from convoy_service import errors
+from convoy_service.tasks import Wait
+from convoy_service.telemetry.counters import Metrics
+from convoy_service.transport import dispatcher as front
+from convoy_service.transport.dispatcher import Call, Front
+from convoy_service.transport.grpc_server import Exchange, Loop, Trailers
 
 Code = grpc.StatusCode
 Ask, Answer = pb.ModelReadyRequest, pb.ModelMetadataResponse

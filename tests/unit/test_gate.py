@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from service import bundle as bundles
-from service.bundle import Golden, Manifest, Parity, Probabilities, Scores, Variant
-from service.images import Pixels, Target
-from tests.unit.graphs import classifier, logits, softmax
-from training.data import Dataset, Split
-from training.evaluate import (
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.artifacts.reader import Golden, Manifest, Parity, Probabilities, Scores, Variant
+from convoy_training.data.datasets import Dataset, Split
+from convoy_training.evaluation.scores import (
     Calibration,
     ClassFigures,
     Right,
@@ -29,7 +28,8 @@ from training.evaluate import (
     score_answers,
     wilson,
 )
-from training.publish import (
+from convoy_training.pipeline.run import gate_table
+from convoy_training.release.publish import (
     Check,
     Findings,
     GateClosed,
@@ -43,8 +43,8 @@ from training.publish import (
     serving_version,
     time_side_by_side,
 )
-from training.run import gate_table
-from training.settings import TrainingSettings
+from convoy_training.settings import TrainingSettings
+from tests.unit.graphs import classifier, logits, softmax
 
 SETTINGS = TrainingSettings(
     min_accuracy=0.9, max_parity=1e-4, min_agreement=0.99, max_regression=0.02, variants=()

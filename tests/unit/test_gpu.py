@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from service import gpu
-from service.settings import Settings
-from service.workers import on_card
+from convoy_service.engine import gpu
+from convoy_service.server.supervisor import on_card
+from convoy_service.settings import Settings
 
 
 class NVMLError(Exception):

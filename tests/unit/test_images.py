@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import images
-from service.errors import InvalidImage
-from service.images import Pixels, Target
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.errors import InvalidImage
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -423,7 +423,7 @@ def test_a_side_too_long_is_refused(size: tuple[int, int]) -> None:
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from service import images
+from convoy_service.artifacts import images
 
 small, *bombs = map(Path, sys.argv[1:])
 images.decode(small.read_bytes(), images.Target(8, 8, 3))
@@ -455,8 +455,8 @@ def test_refusing_a_bomb_takes_no_memory(tmp_path: Path) -> None:
 _FUZZ = """
 import random, sys
 from pathlib import Path
-from service import images
-from service.images import Target
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Target
 
 for file in map(Path, sys.argv[1:]):
     whole, chance = file.read_bytes(), random.Random(file.name)

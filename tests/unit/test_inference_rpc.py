@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 
-from service.bundle import Probabilities
-from service.inference_rpc import classified, version_policy
+from convoy_service.api.inference import classified, version_policy
+from convoy_service.artifacts.reader import Probabilities
 
 
 def printed_by_c(value: float) -> str:

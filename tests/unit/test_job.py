@@ -19,19 +19,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from convoy.__main__ import app
-from service import bundle as bundles
-from service.bundle import Bundle, Golden, Manifest, Scores, Variant
-from service.errors import ConvoyError
-from service.images import Target
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Target
+from convoy_service.artifacts.reader import Bundle, Golden, Manifest, Scores, Variant
+from convoy_service.errors import ConvoyError
+from convoy_training.data.datasets import Dataset, Split
+from convoy_training.evaluation.scores import Evaluation, evaluate, mcnemar
+from convoy_training.pipeline import job, trackers
+from convoy_training.pipeline.run import Hooks
+from convoy_training.pipeline.trackers import MLflow
+from convoy_training.release import publish
+from convoy_training.release.publish import Check, Findings, GateClosed, Verdict
+from convoy_training.settings import RECIPES, TrainingSettings
 from tests.conftest import environment
 from tests.unit.graphs import classifier, logits, softmax
-from training import job, publish, trackers
-from training.data import Dataset, Split
-from training.evaluate import Evaluation, evaluate, mcnemar
-from training.publish import Check, Findings, GateClosed, Verdict
-from training.run import Hooks
-from training.settings import RECIPES, TrainingSettings
-from training.trackers import MLflow
 
 SHAPE, CLASSES = (4, 5, 3), ("a", "b", "c")
 TEST_IMAGES, RIGHT = 40, 36
@@ -52,7 +53,7 @@ def dataset(seed: int = 0) -> Dataset:
 
 @dataclass(frozen=True)
 class Epoch:
-    """As `training.fit` has it, without TensorFlow."""
+    """As `convoy_training.fitting.loop` has it, without TensorFlow."""
 
     epoch: int
     loss: float = 0.5
@@ -76,7 +77,7 @@ def evaluation(correct: int) -> Evaluation:
 
 @dataclass
 class Line:
-    """Stands for `training.run.run`: all of it but the training, whose result has so many right."""
+    """Stands for `convoy_training.pipeline.run.run`: all of it but the training, whose result has so many right."""
 
     data: Dataset = field(default_factory=dataset)
     correct: int = 38
@@ -552,7 +553,7 @@ def test_another_name_beside_the_base_is_not_ignored(
 HOLDER = """
 import sys
 from pathlib import Path
-from training import job
+from convoy_training.pipeline import job
 with job._only_one(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service import bundle as bundles
-from service import life
-from service import policy as policies
-from service.errors import (
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Target
+from convoy_service.errors import (
     BrokenVersion,
     ConvoyError,
     NotPossible,
@@ -25,10 +24,9 @@ from service.errors import (
     Overloaded,
     UnknownModel,
 )
-from service.images import Target
-from service.life import Director, Refused
-from service.metrics import Metrics
-from service.repository import (
+from convoy_service.lifecycle import manager as life
+from convoy_service.lifecycle.manager import Director, Refused
+from convoy_service.registry.registry import (
     BROKEN,
     DRAINING,
     IDLE,
@@ -40,6 +38,8 @@ from service.repository import (
     ModelState,
     Route,
 )
+from convoy_service.rollout import policy as policies
+from convoy_service.telemetry.counters import Metrics
 from tests.unit.versions import GOLDEN, MANIFEST, ONNX, write, write_rich
 
 WATCH_S, WINDOW_S = 1.0, 300.0

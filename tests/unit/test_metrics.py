@@ -10,7 +10,16 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import REASONS, Metrics, Runs, Statistics, merge, registry, statistics, written
+from convoy_service.telemetry.counters import (
+    REASONS,
+    Metrics,
+    Runs,
+    Statistics,
+    merge,
+    registry,
+    statistics,
+    written,
+)
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 

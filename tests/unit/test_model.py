@@ -13,10 +13,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from service.bundle import Bundle, Golden, Manifest, Scores, Variant
-from service.errors import BrokenVersion, InferenceFailed
-from service.images import Pixels, Target
-from service.model import Model
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.artifacts.reader import Bundle, Golden, Manifest, Scores, Variant
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import BrokenVersion, InferenceFailed
 from tests.unit.graphs import classifier, graph, logits, softmax, value
 
 U8, F32, F64, I64 = TensorProto.UINT8, TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
@@ -276,7 +276,7 @@ def test_a_fixed_batch_runs_in_place_where_it_is_bound() -> None:
 
 
 def test_every_bound_size_is_warm_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.model._MEASURE_S", 0.0)
+    monkeypatch.setattr("convoy_service.engine.onnx_model._MEASURE_S", 0.0)
     bundle, model = version(), bound(1, 2, 4, 8)
     seen: list[int] = []
     model.measure(bundle, lambda size, seconds: seen.append(size))

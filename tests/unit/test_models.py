@@ -9,10 +9,10 @@ import pytest
 
 from convoy.__main__ import app
 from convoy.models import Model, Server, as_model, show
-from protos import classifier_pb2 as pb
-from service import policy as policies
-from service.errors import ConvoyError
-from service.policy import Policy
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.errors import ConvoyError
+from convoy_service.rollout import policy as policies
+from convoy_service.rollout.policy import Policy
 from tests.unit.versions import write
 
 

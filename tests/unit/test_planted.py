@@ -15,20 +15,17 @@ from onnx.reference import ReferenceEvaluator
 from scipy import special
 from sklearn.linear_model import LogisticRegression
 
-from service import bundle as bundles
-from service import profile
-from service.bundle import Bundle, Probabilities
-from service.errors import BrokenVersion
-from service.images import Pixels, Target
-from service.model import Model
-from tests.conftest import REPOSITORY
-from tests.unit import planted
-from tests.unit.graphs import graph, value
-from training import data as datasets
-from training import publish as publishing
-from training.data import Dataset, Labels, Split
-from training.evaluate import STRAIGHT, Predict, Scaling, fit_scaling
-from training.publish import (
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts import reference_statistics as profile
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.artifacts.reader import Bundle, Probabilities
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import BrokenVersion
+from convoy_training.data import datasets
+from convoy_training.data.datasets import Dataset, Labels, Split
+from convoy_training.evaluation.scores import STRAIGHT, Predict, Scaling, fit_scaling
+from convoy_training.release import publish as publishing
+from convoy_training.release.publish import (
     Candidate,
     Findings,
     GateClosed,
@@ -40,7 +37,10 @@ from training.publish import (
     publish,
     serving_version,
 )
-from training.settings import TrainingSettings
+from convoy_training.settings import TrainingSettings
+from tests.conftest import REPOSITORY
+from tests.unit import planted
+from tests.unit.graphs import graph, value
 
 SETTINGS = TrainingSettings()
 
@@ -170,7 +170,7 @@ class Line(NamedTuple):
 def line(
     folder: Path, candidate: Candidate, data: Dataset, settings: TrainingSettings = SETTINGS
 ) -> Line:
-    """As `training.run` goes about it."""
+    """As `convoy_training.pipeline.run` goes about it."""
     findings = examine(candidate, data, settings)
     with bundles.exclusive(folder):
         verdict = judge(findings, data, serving_version(folder, data), settings)

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service import bundle as bundles
-from service.bundle import Manifest, Parity, Scores, Thresholds, Variant
-from service.images import Target
-from service.model import Model
-from training.check import Example, Finding
-from training.data import load
-from training.evaluate import Scaling, choose_thresholds, evaluate, strangers
-from training.publish import Check
-from training.report import Layer, Record, render
-from training.settings import TrainingSettings
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Target
+from convoy_service.artifacts.reader import Manifest, Parity, Scores, Thresholds, Variant
+from convoy_service.engine.onnx_model import Model
+from convoy_training.data.checks import Example, Finding
+from convoy_training.data.datasets import load
+from convoy_training.evaluation.scores import Scaling, choose_thresholds, evaluate, strangers
+from convoy_training.release.publish import Check
+from convoy_training.report.sections import Layer, Record, render
+from convoy_training.settings import TrainingSettings
 
 _DIGITS = Path(__file__).parents[2] / "models" / "digits" / "1"
 

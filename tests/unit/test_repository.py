@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service import bundle as bundles
-from service.aside import Proof
-from service.batcher import Batcher, BatchTimes, Outputs, Rows
-from service.bundle import Bundle
-from service.cpu import split
-from service.errors import BrokenVersion, NotReady, UnknownModel
-from service.life import Alone, Director
-from service.metrics import Metrics
-from service.repository import (
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle
+from convoy_service.engine.batcher import Batcher, BatchTimes, Outputs, Rows
+from convoy_service.engine.cpu import split
+from convoy_service.engine.isolated_verifier import Proof
+from convoy_service.errors import BrokenVersion, NotReady, UnknownModel
+from convoy_service.lifecycle.manager import Alone, Director
+from convoy_service.registry.registry import (
     Answered,
     Made,
     ModelState,
@@ -28,7 +27,8 @@ from service.repository import (
     VersionState,
     runs_here,
 )
-from service.settings import Settings
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics
 from tests.integration.models import add_colours
 from tests.unit.versions import GOLDEN, write, write_rich
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from service import shared_memory
-from service.errors import (
+from convoy_service.api import shared_memory
+from convoy_service.api.shared_memory import Region, SharedMemory
+from convoy_service.errors import (
     AlreadyThere,
     ConvoyError,
     InvalidRequest,
     NotPossible,
     UnknownRegion,
 )
-from service.shared_memory import Region, SharedMemory
 
 NAME = f"convoy-test-{os.getpid()}"
 OBJECT = Path("/dev/shm") / NAME

@@ -13,13 +13,13 @@ import pytest
 from obstore.exceptions import GenericError, NotSupportedError, PermissionDeniedError
 from obstore.store import MemoryStore
 
-from service import bundle as bundles
-from service import store as stores
-from service.bundle import GOLDEN, MANIFEST, MODEL
-from service.errors import ConvoyError
-from service.metrics import Metrics
-from service.policy import FILE
-from service.store import Store
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import GOLDEN, MANIFEST, MODEL
+from convoy_service.errors import ConvoyError
+from convoy_service.object_store import mirror as stores
+from convoy_service.object_store.mirror import Store
+from convoy_service.rollout.policy import FILE
+from convoy_service.telemetry.counters import Metrics
 from tests.unit import versions
 
 URL = "s3://bucket/models"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from service.errors import Cancelled
-from service.task import Shared, Task, Wait
+from convoy_service.errors import Cancelled
+from convoy_service.tasks import Shared, Task, Wait
 
 
 class Work:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from service import tracing
-from service.batcher import Answer
-from service.metrics import Metrics
-from service.tracing import Trace, Tracing
+from convoy_service.engine.batcher import Answer
+from convoy_service.telemetry import tracing
+from convoy_service.telemetry.counters import Metrics
+from convoy_service.telemetry.tracing import Trace, Tracing
 from tests.conftest import TIMEOUT_S
 from tests.otlp import Receiver, Span
 

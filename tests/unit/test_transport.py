@@ -25,8 +25,8 @@ from typing import Any, Self
 import grpc
 import pytest
 
-from service import transport
-from service.transport import CoreServer, Exchange, Loop, PublicServer
+from convoy_service.transport import grpc_server as transport
+from convoy_service.transport.grpc_server import CoreServer, Exchange, Loop, PublicServer
 from tests.certificates import Certificates, make_certificates
 from tests.conftest import TIMEOUT_S, environment
 
@@ -970,7 +970,7 @@ def test_tls_encrypts_and_asks_clients_who_they_are(
 SCRIPT = """
 import os, signal, sys, threading
 import grpc
-from service.transport import CoreServer, PublicServer
+from convoy_service.transport.grpc_server import CoreServer, PublicServer
 
 loop = {kind}([])
 target = f"127.0.0.1:{{loop.bind('127.0.0.1:0', None)}}"

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service import bundle as bundles
-from service.batcher import Batch
-from service.bundle import Golden, Probabilities
-from service.canary import Canary, Counts
-from service.errors import BrokenVersion, InferenceFailed
-from service.images import Pixels, Target
-from service.life import Director
-from service.metrics import Metrics, canary_counts
-from service.model import Model
-from service.settings import Settings
-from service.trial import Arm, Pair, Trial, Trials, Version
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.artifacts.reader import Golden, Probabilities
+from convoy_service.engine.batcher import Batch
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import BrokenVersion, InferenceFailed
+from convoy_service.lifecycle.manager import Director
+from convoy_service.registry.shadow_runner import Arm, Pair, Trial, Trials, Version
+from convoy_service.rollout.canary import Canary, Counts
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics, canary_counts
 from tests.unit import graphs
 from tests.unit.test_life import WATCH_S, Crew, Stage
 from tests.unit.versions import MANIFEST, write

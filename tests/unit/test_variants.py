@@ -11,17 +11,17 @@ import onnxruntime as ort
 import pytest
 from onnx import NodeProto, TensorProto, helper
 
-from service import bundle as bundles
-from service.bundle import Probabilities
-from service.errors import BrokenVersion, ConvoyError
-from service.images import Pixels
-from service.model import Model
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Probabilities
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import BrokenVersion, ConvoyError
+from convoy_training.data import datasets
+from convoy_training.evaluation.scores import score
+from convoy_training.export.quantization import clean, fp16, int8, rounded, share
+from convoy_training.settings import TrainingSettings
 from tests.conftest import REPOSITORY
 from tests.unit.graphs import classifier, graph, value
-from training import data as datasets
-from training.evaluate import score
-from training.settings import TrainingSettings
-from training.variants import clean, fp16, int8, rounded, share
 
 IMAGENET = (123.675, 116.28, 103.53)
 

@@ -8,9 +8,9 @@ import pytest
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from protos import classifier_pb2, inference_pb2
-from service import wire
-from service.errors import InvalidRequest
+from convoy_protos import classifier_pb2, inference_pb2
+from convoy_service.errors import InvalidRequest
+from convoy_service.transport import protobuf_scan as wire
 
 Request = inference_pb2.ModelInferRequest
 RAW = Request.RAW_INPUT_CONTENTS_FIELD_NUMBER

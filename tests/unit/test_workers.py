@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from service.aside import Proof
-from service.cpu import split
-from service.errors import BrokenVersion
-from service.life import Refused
-from service.repository import Loaded, ModelState, Route
-from service.settings import Settings
-from service.workers import Load, Orders, Supervisor, _Member
+from convoy_service.engine.cpu import split
+from convoy_service.engine.isolated_verifier import Proof
+from convoy_service.errors import BrokenVersion
+from convoy_service.lifecycle.manager import Refused
+from convoy_service.registry.registry import Loaded, ModelState, Route
+from convoy_service.server.supervisor import Load, Orders, Supervisor, _Member
+from convoy_service.settings import Settings
 
 TIMEOUT_S = 30.0
 FP32 = Loaded("cpu", "fp32", "", "digest")
@@ -173,7 +173,7 @@ def test_who_takes_the_place_of_one_that_had_it_is_asked_again(
     assert crew.said == []
     ours, theirs = Pipe()
     process: Any = SimpleNamespace(pid=2, wait=lambda: 0, kill=lambda: None)
-    monkeypatch.setattr("service.workers._spawn", lambda orders: (process, ours))
+    monkeypatch.setattr("convoy_service.server.supervisor._spawn", lambda orders: (process, ours))
     crew.ends["engine-0"] = theirs
     crew.supervisor._start(crew.member("engine-0"), 0.0)
     (kind, orders), *rest = crew.asked("engine-0")
@@ -334,7 +334,7 @@ def test_what_is_loaded_while_others_serve_proves_itself_first(
         assert isinstance(outcome, Proof)
         return outcome
 
-    monkeypatch.setattr("service.aside.prove", prove)
+    monkeypatch.setattr("convoy_service.engine.isolated_verifier.prove", prove)
     said: queue.SimpleQueue[Any] = queue.SimpleQueue()
     crew.supervisor.load("pets", 2, True, said.put)
     assert asked.get(timeout=TIMEOUT_S) == crew.supervisor._director.folder / "pets" / "2"

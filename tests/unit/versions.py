@@ -5,9 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from service import bundle as bundles
-from service.bundle import Bundle, Golden, Manifest, Parity, Scores, Thresholds, Variant
-from service.images import Target
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Target
+from convoy_service.artifacts.reader import (
+    Bundle,
+    Golden,
+    Manifest,
+    Parity,
+    Scores,
+    Thresholds,
+    Variant,
+)
 
 # Whether it is a graph matters to nobody before it is loaded.
 ONNX = bytes(range(256)) * 4

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from service.settings import Count, CountOrAuto, ModelsFolder, Positive
+from convoy_service.settings import Count, CountOrAuto, ModelsFolder, Positive
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -8,13 +8,13 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from protos import classifier_pb2 as pb
-from service.batcher import Answer
-from service.errors import InvalidImage, InvalidRequest
-from service.front import Call, Front
-from service.images import Pixels
-from service.orders import Order, carry_out
-from service.repository import Entry, Repository, Served
+from convoy_protos import classifier_pb2 as pb
+from convoy_service.api.control import Order, carry_out
+from convoy_service.artifacts.images import Pixels
+from convoy_service.engine.batcher import Answer
+from convoy_service.errors import InvalidImage, InvalidRequest
+from convoy_service.registry.registry import Entry, Repository, Served
+from convoy_service.transport.dispatcher import Call, Front
 
 Flags = npt.NDArray[np.bool_]
 

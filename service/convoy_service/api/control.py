@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Thread
 
-from service.errors import NotAllowed
-from service.task import elsewhere
+from convoy_service.errors import NotAllowed
+from convoy_service.tasks import elsewhere
 
 # Takes a verb (promote, rollback, pin, load or unload), a model and versions of it; returns when that
 # is carried out, which may take minutes. Raises ConvoyError, whose text says why it is not.

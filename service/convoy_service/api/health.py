@@ -9,8 +9,8 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2 as pb
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from service.errors import UnknownModel
-from service.front import Call, Front
+from convoy_service.errors import UnknownModel
+from convoy_service.transport.dispatcher import Call, Front
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 

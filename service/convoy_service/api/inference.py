@@ -20,11 +20,13 @@ import grpc
 import numpy as np
 from google.protobuf.message import Message
 
-from protos import inference_pb2 as pb
-from service import policy, wire
-from service.bundle import VARIANTS, Probabilities
-from service.device import Device
-from service.errors import (
+from convoy_protos import inference_pb2 as pb
+from convoy_service.api.control import Order, carry_out
+from convoy_service.api.shared_memory import Region, SharedMemory, Span
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import VARIANTS, Probabilities
+from convoy_service.engine.session import Device
+from convoy_service.errors import (
     ConvoyError,
     InferenceFailed,
     InvalidImage,
@@ -33,11 +35,7 @@ from service.errors import (
     UnknownModel,
     Unsupported,
 )
-from service.front import Call, Front, Handler
-from service.images import Pixels
-from service.metrics import Statistics
-from service.orders import Order, carry_out
-from service.repository import (
+from convoy_service.registry.registry import (
     BROKEN,
     DRAINING,
     IDLE,
@@ -48,9 +46,12 @@ from service.repository import (
     Repository,
     Served,
 )
-from service.settings import Settings
-from service.shared_memory import Region, SharedMemory, Span
-from service.task import Shared
+from convoy_service.rollout import policy
+from convoy_service.settings import Settings
+from convoy_service.tasks import Shared
+from convoy_service.telemetry.counters import Statistics
+from convoy_service.transport import protobuf_scan as wire
+from convoy_service.transport.dispatcher import Call, Front, Handler
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 

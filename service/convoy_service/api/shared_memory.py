@@ -24,7 +24,13 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from service.errors import AlreadyThere, ConvoyError, InvalidRequest, NotPossible, UnknownRegion
+from convoy_service.errors import (
+    AlreadyThere,
+    ConvoyError,
+    InvalidRequest,
+    NotPossible,
+    UnknownRegion,
+)
 
 # Where POSIX shared memory objects are on Linux: https://man7.org/linux/man-pages/man7/shm_overview.7.html.
 _OBJECTS = Path("/dev/shm")  # noqa: S108 (no file of ours)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError, WebPImagePlugin
 
-from service.errors import InvalidImage
+from convoy_service.errors import InvalidImage
 
 Pixels = npt.NDArray[np.uint8]
 Resize = Literal["stretch", "crop"]

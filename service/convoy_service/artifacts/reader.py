@@ -35,8 +35,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import BrokenVersion, ConvoyError
-from service.images import Pixels, Target
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.errors import BrokenVersion, ConvoyError
 
 Probabilities = npt.NDArray[np.float32]
 
@@ -131,7 +131,7 @@ class Manifest:
     # By their names in VARIANTS, fp32 too; empty where nobody measured them.
     variants: dict[str, Variant] = field(default_factory=dict)
     thresholds: Thresholds | None = None
-    # All that was found on the test images: `training.evaluate.Evaluation`.
+    # All that was found on the test images: `convoy_training.evaluation.scores.Evaluation`.
     evaluation: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     # The graph takes batches of exactly `max_batch_size`; smaller ones are padded to it.

@@ -2,7 +2,7 @@
 
 Training makes it from the test images and the exported graph's answers, and the manifest keeps it. The
 service measures what it answers by the same function, so the two can't drift apart by themselves;
-`service.drift` compares.
+`convoy_service.observers.drift_monitor` compares.
 """
 
 import math
@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from service import images
-from service.bundle import Manifest, Probabilities
-from service.images import Pixels
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Manifest, Probabilities
 
 Flags = npt.NDArray[np.bool_]
 Values = npt.NDArray[Any]

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import Cancelled, DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from convoy_service.errors import Cancelled, DeadlineExceeded, InferenceFailed, NotReady, Overloaded
 
 Rows = npt.NDArray[np.uint8]
 Outputs = npt.NDArray[np.float32]

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from service import bundle as bundles
-from service.cpu import usable_cores
-from service.device import Device, expects_card
-from service.errors import BrokenVersion
-from service.model import Model
+from convoy_service.artifacts import reader as bundles
+from convoy_service.engine.cpu import usable_cores
+from convoy_service.engine.onnx_model import Model
+from convoy_service.engine.session import Device, expects_card
+from convoy_service.errors import BrokenVersion
 
 if TYPE_CHECKING:
-    from service.settings import Settings
+    from convoy_service.settings import Settings
 
 log = logging.getLogger("convoy.aside")
 
@@ -34,7 +34,7 @@ log = logging.getLogger("convoy.aside")
 # https://man7.org/linux/man-pages/man7/sched.7.html (SCHED_IDLE)
 _MAIN = (
     "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)); "
-    "import sys; sys.path[:] = sys.argv[1:]; from service.aside import main; main()"
+    "import sys; sys.path[:] = sys.argv[1:]; from convoy_service.engine.isolated_verifier import main; main()"
 )
 # Where others leave it less than this share of a core, for so long, it can't be done here.
 _PATIENCE_S, _LEAST_SHARE = 60.0, 0.05

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from service.bundle import Bundle, Probabilities
-from service.cpu import whole_cores
-from service.device import (
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Bundle, Probabilities
+from convoy_service.engine.cpu import whole_cores
+from convoy_service.engine.session import (
     Card,
     Device,
     Opened,
@@ -24,8 +25,7 @@ from service.device import (
     host_value,
     open_session,
 )
-from service.errors import BrokenVersion, InferenceFailed
-from service.images import Pixels
+from convoy_service.errors import BrokenVersion, InferenceFailed
 
 # Probabilities of the same file may differ by rounding between processors and batch sizes (parity
 # at export is below 1e-5); a wrong file, device or layout is off by far more than this.

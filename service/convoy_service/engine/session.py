@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from service.bundle import DATA
-from service.errors import BrokenVersion
+from convoy_service.artifacts.reader import DATA
+from convoy_service.errors import BrokenVersion
 
 log = logging.getLogger("convoy.device")
 

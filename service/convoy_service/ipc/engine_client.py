@@ -15,8 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from service.batcher import LOWEST_LEVEL, Answer, Done, Outputs, Rows
-from service.channel.protocol import (
+from convoy_service.engine.batcher import LOWEST_LEVEL, Answer, Done, Outputs, Rows
+from convoy_service.errors import (
+    Cancelled,
+    ConvoyError,
+    DeadlineExceeded,
+    InferenceFailed,
+    NotReady,
+    Overloaded,
+)
+from convoy_service.ipc.protocol import (
     CANCEL,
     HELLO,
     LAST_STATUS,
@@ -40,14 +48,6 @@ from service.channel.protocol import (
     read_offers,
     receive_memory,
     shared_memory,
-)
-from service.errors import (
-    Cancelled,
-    ConvoyError,
-    DeadlineExceeded,
-    InferenceFailed,
-    NotReady,
-    Overloaded,
 )
 
 log = logging.getLogger("convoy.channel")

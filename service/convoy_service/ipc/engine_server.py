@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.batcher import Answer, Batcher, Outputs, Rows, Ticket
-from service.channel.protocol import (
+from convoy_service.engine.batcher import Answer, Batcher, Outputs, Rows, Ticket
+from convoy_service.errors import ConvoyError, NotReady, Overloaded
+from convoy_service.ipc.protocol import (
     CANCEL,
     HELLO,
     MAGIC,
@@ -43,7 +44,6 @@ from service.channel.protocol import (
     status_of,
     write_offers,
 )
-from service.errors import ConvoyError, NotReady, Overloaded
 
 log = logging.getLogger("convoy.channel")
 

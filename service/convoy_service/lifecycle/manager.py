@@ -25,12 +25,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
-from service import bundle as bundles
-from service import policy as policies
-from service.aside import Proof
-from service.bundle import Manifest
-from service.canary import Canary, Counts, Decision, judge
-from service.errors import (
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Manifest
+from convoy_service.engine.isolated_verifier import Proof
+from convoy_service.errors import (
     BrokenVersion,
     ConvoyError,
     InvalidRequest,
@@ -39,9 +37,7 @@ from service.errors import (
     Overloaded,
     UnknownModel,
 )
-from service.metrics import Metrics, Snapshot, canary_counts
-from service.policy import Policy
-from service.repository import (
+from convoy_service.registry.registry import (
     BROKEN,
     DRAINING,
     IDLE,
@@ -56,6 +52,10 @@ from service.repository import (
     Route,
     VersionState,
 )
+from convoy_service.rollout import policy as policies
+from convoy_service.rollout.canary import Canary, Counts, Decision, judge
+from convoy_service.rollout.policy import Policy
+from convoy_service.telemetry.counters import Metrics, Snapshot, canary_counts
 
 log = logging.getLogger("convoy.life")
 

@@ -41,13 +41,13 @@ from obstore.exceptions import (
 )
 from obstore.store import MemoryStore, from_url
 
-from service import bundle as bundles
-from service import policy as policies
-from service.bundle import MANIFEST, Manifest
-from service.errors import BrokenVersion, ConvoyError, NotPossible
-from service.metrics import Metrics
-from service.policy import FILE, Policy
-from service.settings import Settings
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import MANIFEST, Manifest
+from convoy_service.errors import BrokenVersion, ConvoyError, NotPossible
+from convoy_service.rollout import policy as policies
+from convoy_service.rollout.policy import FILE, Policy
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics
 
 _PRIVATE = ".store"
 # Who has made this in a version has its number: no other version that is published gets it. It stays,

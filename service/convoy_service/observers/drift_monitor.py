@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from service import profile
-from service.metrics import Metrics, Snapshot
+from convoy_service.artifacts import reference_statistics as profile
+from convoy_service.telemetry.counters import Metrics, Snapshot
 
 if TYPE_CHECKING:
-    from service.repository import Answered, Served
+    from convoy_service.registry.registry import Answered, Served
 
 log = logging.getLogger("convoy.drift")
 

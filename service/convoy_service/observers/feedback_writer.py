@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from service import images
-from service.bundle import Probabilities
-from service.errors import ConvoyError
-from service.images import Pixels
-from service.metrics import Metrics
-from service.repository import Answered, Observer
-from service.settings import Settings
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Probabilities
+from convoy_service.errors import ConvoyError
+from convoy_service.registry.registry import Answered, Observer
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics
 
 log = logging.getLogger("convoy.feedback")
 

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service import bundle as bundles
-from service import images
-from service.aside import Proof
-from service.batcher import Answer, Batch, Batcher, BatchTimes
-from service.bundle import Bundle, Probabilities
-from service.canary import Canary, Decision, position
-from service.channel import RemoteBatcher
-from service.cpu import Budget
-from service.device import Card
-from service.errors import (
+from convoy_service.artifacts import images
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Bundle, Probabilities
+from convoy_service.engine.batcher import Answer, Batch, Batcher, BatchTimes
+from convoy_service.engine.cpu import Budget
+from convoy_service.engine.isolated_verifier import Proof
+from convoy_service.engine.onnx_model import Model
+from convoy_service.engine.session import Card
+from convoy_service.errors import (
     BrokenVersion,
     Cancelled,
     ConvoyError,
@@ -37,15 +37,15 @@ from service.errors import (
     Overloaded,
     UnknownModel,
 )
-from service.images import Pixels
-from service.metrics import Metrics
-from service.model import Model
-from service.settings import Settings
-from service.task import Done, Wait, elsewhere
-from service.trial import Trials, Version
+from convoy_service.ipc.engine_client import RemoteBatcher
+from convoy_service.registry.shadow_runner import Trials, Version
+from convoy_service.rollout.canary import Canary, Decision, position
+from convoy_service.settings import Settings
+from convoy_service.tasks import Done, Wait, elsewhere
+from convoy_service.telemetry.counters import Metrics
 
 if TYPE_CHECKING:
-    from service.tracing import Trace  # needs OpenTelemetry
+    from convoy_service.telemetry.tracing import Trace  # needs OpenTelemetry
 
 _DECODE_JOBS = 32
 

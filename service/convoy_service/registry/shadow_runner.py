@@ -20,16 +20,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service import bundle as bundles
-from service.batcher import Batch
-from service.bundle import Bundle, Probabilities
-from service.canary import Canary, Counts, compare, same_classes
-from service.device import Card, Device
-from service.errors import BrokenVersion
-from service.images import Pixels
-from service.metrics import Metrics
-from service.model import Model
-from service.settings import Settings
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Bundle, Probabilities
+from convoy_service.engine.batcher import Batch
+from convoy_service.engine.onnx_model import Model
+from convoy_service.engine.session import Card, Device
+from convoy_service.errors import BrokenVersion
+from convoy_service.rollout.canary import Canary, Counts, compare, same_classes
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics
 
 log = logging.getLogger("convoy.trial")
 

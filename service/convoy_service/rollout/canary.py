@@ -1,7 +1,7 @@
 """Which requests a new version gets on trial, what is counted of it, and when that is enough to tell.
 
 Nothing here waits, reads a clock or knows a process: a split, sums, and a judge of the sums. How the
-figures come about is `service.trial`'s.
+figures come about is `convoy_service.registry.shadow_runner`'s.
 
 The judge looks as often as it likes and errs as rarely as it says. Each limit is one on the mean of
 figures between 0 and 1, of which the sum and the number suffice. For a mean m, and a bet r > 1 that

@@ -22,9 +22,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from service import bundle as bundles
-from service.canary import Canary
-from service.errors import ConvoyError, NotPossible
+from convoy_service.artifacts import reader as bundles
+from convoy_service.errors import ConvoyError, NotPossible
+from convoy_service.rollout.canary import Canary
 
 FILE = "versions.toml"
 STABLE, CANARY = "stable", "canary"

@@ -10,24 +10,27 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 
-from service import classifier_rpc, drift, inference_rpc, transport
-from service.batcher import Batcher
-from service.channel import RemoteBatcher
-from service.classifier_rpc import ClassifierRpc
-from service.errors import ConvoyError
-from service.feedback import keeping
-from service.front import Front
-from service.health import Health, add_reflection
-from service.inference_rpc import InferenceRpc
-from service.metrics import Metrics, Statistics
-from service.orders import Order
-from service.repository import Repository, Served
-from service.settings import Settings
-from service.shared_memory import SharedMemory
+from convoy_service.api import classifier as classifier_rpc
+from convoy_service.api import inference as inference_rpc
+from convoy_service.api.classifier import ClassifierRpc
+from convoy_service.api.control import Order
+from convoy_service.api.health import Health, add_reflection
+from convoy_service.api.inference import InferenceRpc
+from convoy_service.api.shared_memory import SharedMemory
+from convoy_service.engine.batcher import Batcher
+from convoy_service.errors import ConvoyError
+from convoy_service.ipc.engine_client import RemoteBatcher
+from convoy_service.observers import drift_monitor as drift
+from convoy_service.observers.feedback_writer import keeping
+from convoy_service.registry.registry import Repository, Served
+from convoy_service.settings import Settings
+from convoy_service.telemetry.counters import Metrics, Statistics
+from convoy_service.transport import grpc_server as transport
+from convoy_service.transport.dispatcher import Front
 
 if TYPE_CHECKING:
-    from service.rest import Rest
-    from service.tracing import Tracing
+    from convoy_service.api.rest import Rest
+    from convoy_service.telemetry.tracing import Tracing
 
 log = logging.getLogger("convoy.acceptor")
 
@@ -146,7 +149,7 @@ class Acceptor:
 
     def bind_http(self, port: int) -> int:
         """The port it listens on for HTTP. Raises ConvoyError where it can't."""
-        from service.rest import Rest  # a tenth of a second, for who wants it
+        from convoy_service.api.rest import Rest  # a tenth of a second, for who wants it
 
         host, rest = self._settings.host, Rest(self._settings, self._loop)
         try:
@@ -254,7 +257,7 @@ class Acceptor:
 def _tracing(settings: Settings, metrics: Metrics) -> "Tracing | None":
     if not settings.otlp_endpoint:
         return None
-    from service.tracing import Tracing  # needs OpenTelemetry
+    from convoy_service.telemetry.tracing import Tracing  # needs OpenTelemetry
 
     return Tracing(settings.otlp_endpoint, metrics)
 

@@ -15,21 +15,23 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from service import aside, metrics, shared_memory
-from service.acceptor import Acceptor, bracketed, no_port
-from service.cpu import split, usable_cores
-from service.drift import Watch
-from service.errors import ConvoyError
-from service.life import Alone, Director, leave
-from service.metrics import Metrics, Snapshot, merge
-from service.repository import Repository, runs_here
-from service.settings import Settings, default_models
-from service.shared_memory import SharedMemory
-from service.trial import Trials
-from service.workers import Supervisor, log_to_stderr
+from convoy_service.api import shared_memory
+from convoy_service.api.shared_memory import SharedMemory
+from convoy_service.engine import isolated_verifier as aside
+from convoy_service.engine.cpu import split, usable_cores
+from convoy_service.errors import ConvoyError
+from convoy_service.lifecycle.manager import Alone, Director, leave
+from convoy_service.observers.drift_monitor import Watch
+from convoy_service.registry.registry import Repository, runs_here
+from convoy_service.registry.shadow_runner import Trials
+from convoy_service.server.frontend import Acceptor, bracketed, no_port
+from convoy_service.server.supervisor import Supervisor, log_to_stderr
+from convoy_service.settings import Settings, default_models
+from convoy_service.telemetry import counters as metrics
+from convoy_service.telemetry.counters import Metrics, Snapshot, merge
 
 if TYPE_CHECKING:
-    from service.store import Store
+    from convoy_service.object_store.mirror import Store
 
 log = logging.getLogger("convoy.server")
 
@@ -43,7 +45,7 @@ def serve(settings: Settings) -> int:
     try:
         if not isinstance(settings.models, str):
             return _serve(settings)
-        from service.store import Store  # needs obstore
+        from convoy_service.object_store.mirror import Store  # needs obstore
 
         store = Store.of(settings)
         try:
@@ -135,7 +137,9 @@ class _Alone:
                 _tell_ready(settings, director.serving(), port, metrics_port, http_port)
 
         if settings.http:  # whose modules take a tenth of a second, while models load
-            threading.Thread(target=import_module, args=("service.rest",), daemon=True).start()
+            threading.Thread(
+                target=import_module, args=("convoy_service.api.rest",), daemon=True
+            ).start()
         try:
             director.settle(lambda: bool(self._signals))
             if self._signals:  # one came while models loaded

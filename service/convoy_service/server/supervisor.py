@@ -29,18 +29,21 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from service import aside, gpu, shared_memory
-from service.acceptor import HTTP_FLAG, Acceptor, is_short, no_port
-from service.aside import Proof
-from service.batcher import Batcher
-from service.bundle import Bundle
-from service.channel import Engines, EngineServer, Hosted, ModelInfo, RemoteBatcher, listen
-from service.cpu import Budget, split, usable_cores
-from service.device import Device
-from service.errors import BrokenVersion, ConvoyError
-from service.life import Alone, Director, Refused, leave
-from service.metrics import Metrics, Snapshot, Statistics, merge, statistics
-from service.repository import (
+from convoy_service.api import shared_memory
+from convoy_service.api.shared_memory import SharedMemory
+from convoy_service.artifacts.reader import Bundle
+from convoy_service.engine import gpu
+from convoy_service.engine import isolated_verifier as aside
+from convoy_service.engine.batcher import Batcher
+from convoy_service.engine.cpu import Budget, split, usable_cores
+from convoy_service.engine.isolated_verifier import Proof
+from convoy_service.engine.session import Device
+from convoy_service.errors import BrokenVersion, ConvoyError
+from convoy_service.ipc.engine_client import Engines, RemoteBatcher
+from convoy_service.ipc.engine_server import EngineServer, Hosted, listen
+from convoy_service.ipc.protocol import ModelInfo
+from convoy_service.lifecycle.manager import Alone, Director, Refused, leave
+from convoy_service.registry.registry import (
     Loaded,
     Made,
     Make,
@@ -50,9 +53,10 @@ from service.repository import (
     Served,
     runs_here,
 )
-from service.settings import Settings, default_models
-from service.shared_memory import SharedMemory
-from service.trial import Trials
+from convoy_service.registry.shadow_runner import Trials
+from convoy_service.server.frontend import HTTP_FLAG, Acceptor, is_short, no_port
+from convoy_service.settings import Settings, default_models
+from convoy_service.telemetry.counters import Metrics, Snapshot, Statistics, merge, statistics
 
 log = logging.getLogger("convoy.workers")
 
@@ -131,7 +135,7 @@ class Orders:
 
 # Not `-m`: what is pickled would then be of two modules. Workers import what this process does, also
 # where the working directory has a folder named as one of ours.
-_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from service.workers import main; main()"
+_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from convoy_service.server.supervisor import main; main()"
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 

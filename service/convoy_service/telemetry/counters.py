@@ -22,9 +22,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from service import gpu
-from service.canary import Counts, Decision
-from service.cpu import Budget
+from convoy_service.engine import gpu
+from convoy_service.engine.cpu import Budget
+from convoy_service.rollout.canary import Counts, Decision
 
 # 0.5 ms to 10 s, each step at most 2.5 times the one before.
 SECONDS = (
@@ -137,7 +137,7 @@ _FAMILIES = {
     "version_last_batch": _Family(
         "latest", "When the last one was, in seconds since 1970.", ("model", "version")
     ),
-    # What drift is told from, see service/drift.py; not shown.
+    # What drift is told from, see service/convoy_service/observers/drift_monitor.py; not shown.
     "drift_reference": _Family(
         "bins", "Test images in each bin of the training profile.",
         ("model", "version", "profile", "feature"),
@@ -146,7 +146,7 @@ _FAMILIES = {
         "bins", "Images answered in each bin of the training profile.",
         ("model", "version", "profile", "feature"),
     ),
-    # What it is told as, by `service.drift.Watch`.
+    # What it is told as, by `convoy_service.observers.drift_monitor.Watch`.
     "drift_images": _Family(
         "counter", "Images looked at for drift, of those answered.", ("model", "version")
     ),

@@ -40,8 +40,8 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.batcher import Answer, Outputs
-from service.metrics import Metrics
+from convoy_service.engine.batcher import Answer, Outputs
+from convoy_service.telemetry.counters import Metrics
 
 log = logging.getLogger("convoy.tracing")
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from service import errors, wire
-from service.metrics import Metrics, Requests
-from service.task import Task, Wait
-from service.transport import Exchange, Loop, ignore
+from convoy_service import errors
+from convoy_service.tasks import Task, Wait
+from convoy_service.telemetry.counters import Metrics, Requests
+from convoy_service.transport import protobuf_scan as wire
+from convoy_service.transport.grpc_server import Exchange, Loop, ignore
 
 if TYPE_CHECKING:
-    from service.tracing import Trace, Tracing  # needs OpenTelemetry
+    from convoy_service.telemetry.tracing import Trace, Tracing  # needs OpenTelemetry
 
 log = logging.getLogger("convoy.front")
 

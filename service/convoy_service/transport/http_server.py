@@ -29,10 +29,10 @@ from google.protobuf.message import Message
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service import errors
-from service.front import status_of, trailers_of
-from service.settings import Settings
-from service.transport import Exchange, Http, Loop, Trailers, ignore
+from convoy_service import errors
+from convoy_service.settings import Settings
+from convoy_service.transport.dispatcher import status_of, trailers_of
+from convoy_service.transport.grpc_server import Exchange, Http, Loop, Trailers, ignore
 
 log = logging.getLogger("convoy.web")
 

@@ -5,7 +5,7 @@ Parsing holds the interpreter's lock and copies every byte twice: large bodies a
 
 from google.protobuf.message import DecodeError, Message
 
-from service import errors
+from convoy_service import errors
 
 
 def check_parts(kind: type[Message], data: bytes, most: int) -> None:

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import PIL
 from PIL import features
 
-from service import images
-from service.images import Pixels, Target
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Pixels, Target
 
 log = logging.getLogger("convoy.data")
 

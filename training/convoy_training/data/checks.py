@@ -13,13 +13,13 @@ from PIL import ExifTags, Image
 from rich.table import Table
 from rich.text import Text
 
-from service import images
-from service.errors import InvalidImage
-from service.images import Pixels, Target
-from training import data as datasets
-from training.data import IDENTITY, DataError, Dataset, Split, Track, untracked
-from training.duplicates import Pair, near
-from training.settings import TrainingSettings
+from convoy_service.artifacts import images
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.errors import InvalidImage
+from convoy_training.data import datasets
+from convoy_training.data.datasets import IDENTITY, DataError, Dataset, Split, Track, untracked
+from convoy_training.data.duplicates import Pair, near
+from convoy_training.settings import TrainingSettings
 
 Severity = Literal["error", "warning", "note"]
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")

@@ -19,14 +19,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from service import bundle, images
-from service.cpu import whole_cores
-from service.errors import ConvoyError, InvalidImage
-from service.images import Pixels, Target
-from service.settings import IMAGE_SUFFIXES
-from training import cache
-from training.cache import Cache
-from training.settings import TrainingSettings
+from convoy_service.artifacts import images
+from convoy_service.artifacts import reader as bundle
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.engine.cpu import whole_cores
+from convoy_service.errors import ConvoyError, InvalidImage
+from convoy_service.settings import IMAGE_SUFFIXES
+from convoy_training.data import cache
+from convoy_training.data.cache import Cache
+from convoy_training.settings import TrainingSettings
 
 log = logging.getLogger("convoy.data")
 

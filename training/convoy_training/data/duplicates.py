@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.images import Pixels
-from training.data import Track, in_threads
+from convoy_service.artifacts.images import Pixels
+from convoy_training.data.datasets import Track, in_threads
 
 # How many of the bits may differ. In copies of the kinds above no more do in 99.8% (moved by a pixel:
 # 95%), in other pairs of CIFAR-10 in 8 of a million.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.bundle import Parity, Probabilities, Scores, Thresholds
-from service.errors import ConvoyError, InferenceFailed
-from service.images import Pixels
-from training.data import Labels, Split
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import Parity, Probabilities, Scores, Thresholds
+from convoy_service.errors import ConvoyError, InferenceFailed
+from convoy_training.data.datasets import Labels, Split
 
 if TYPE_CHECKING:
     from convoy.client import Classifier

@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service import bundle as bundles
-from service.bundle import Bundle, Golden, Manifest, Probabilities
-from service.errors import BrokenVersion, ConvoyError, InferenceFailed
-from service.images import Pixels, Target
-from service.model import Model
-from training.publish import provenance
-from training.settings import AddSettings
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.images import Pixels, Target
+from convoy_service.artifacts.reader import Bundle, Golden, Manifest, Probabilities
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import BrokenVersion, ConvoyError, InferenceFailed
+from convoy_training.release.publish import provenance
+from convoy_training.settings import AddSettings
 
 _PIXEL_TYPES = {TensorProto.UINT8, TensorProto.FLOAT, TensorProto.FLOAT16}
 _GOLDEN = 4

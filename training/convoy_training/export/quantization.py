@@ -15,9 +15,9 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-from service.bundle import DATA
-from service.errors import ConvoyError
-from service.images import Pixels
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import DATA
+from convoy_service.errors import ConvoyError
 
 Constants = dict[str, npt.NDArray[Any]]
 

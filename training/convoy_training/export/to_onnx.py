@@ -7,8 +7,8 @@ import tensorflow as tf
 import tf2onnx
 from onnx import numpy_helper
 
-from training.evaluate import STRAIGHT, Predict, Scaling
-from training.variants import rounded
+from convoy_training.evaluation.scores import STRAIGHT, Predict, Scaling
+from convoy_training.export.quantization import rounded
 
 INPUT, OUTPUT = "pixels", "probabilities"
 OPSET = 17

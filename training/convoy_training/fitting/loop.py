@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from service.errors import ConvoyError
-from training import network as networks
-from training.data import Dataset, class_weights
-from training.evaluate import score
-from training.settings import TrainingSettings
+from convoy_service.errors import ConvoyError
+from convoy_training.data.datasets import Dataset, class_weights
+from convoy_training.evaluation.scores import score
+from convoy_training.fitting import networks
+from convoy_training.settings import TrainingSettings
 
 log = logging.getLogger("convoy.fit")
 

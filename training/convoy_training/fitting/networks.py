@@ -8,10 +8,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from service.errors import ConvoyError
-from service.images import Pixels
-from training.data import Dataset
-from training.settings import TrainingSettings
+from convoy_service.artifacts.images import Pixels
+from convoy_service.errors import ConvoyError
+from convoy_training.data.datasets import Dataset
+from convoy_training.settings import TrainingSettings
 
 layers = keras.layers
 

@@ -23,19 +23,19 @@ from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from service import bundle as bundles
-from service.bundle import Bundle
-from service.errors import ConvoyError
-from training import publish
-from training import run as runs
-from training.data import Dataset, model_name
-from training.publish import Findings, NotBetter, Verdict
-from training.run import Hooks
-from training.settings import TrainingSettings
-from training.trackers import MLflow, TensorBoard
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle
+from convoy_service.errors import ConvoyError
+from convoy_training.data.datasets import Dataset, model_name
+from convoy_training.pipeline import run as runs
+from convoy_training.pipeline.run import Hooks
+from convoy_training.pipeline.trackers import MLflow, TensorBoard
+from convoy_training.release import publish
+from convoy_training.release.publish import Findings, NotBetter, Verdict
+from convoy_training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from training.fit import Epoch
+    from convoy_training.fitting.loop import Epoch
 
 log = logging.getLogger("convoy.job")
 
@@ -88,7 +88,7 @@ def train(settings: TrainingSettings, console: Console, run: Run = runs.run) -> 
 
 
 def is_chief(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one of several machines that publishes, as `training.fit` will find,
+    """Whether this process is the one of several machines that publishes, as `convoy_training.fitting.loop` will find,
     told before TensorFlow is loaded. Raises ConvoyError.
     """
     text = environment.get("TF_CONFIG")

@@ -28,20 +28,22 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from service import bundle as bundles
-from service.bundle import Bundle, Manifest
-from service.cpu import whole_cores
-from service.errors import ConvoyError
-from service.model import Model
-from training import check, publish, report
-from training import data as datasets
-from training.data import Dataset, Split
-from training.evaluate import answers, fit_scaling
-from training.publish import Candidate, Check, Findings, Verdict
-from training.settings import TrainingSettings
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.reader import Bundle, Manifest
+from convoy_service.engine.cpu import whole_cores
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import ConvoyError
+from convoy_training.data import checks as check
+from convoy_training.data import datasets
+from convoy_training.data.datasets import Dataset, Split
+from convoy_training.evaluation.scores import answers, fit_scaling
+from convoy_training.release import publish
+from convoy_training.release.publish import Candidate, Check, Findings, Verdict
+from convoy_training.report import sections as report
+from convoy_training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from training.fit import Epoch, Fitted
+    from convoy_training.fitting.loop import Epoch, Fitted
 
 # Training images by which int8 graphs are scaled.
 _CALIBRATION = 512
@@ -71,7 +73,9 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
         console.print(f"[yellow]{finding.severity}[/]: {escape(finding.text)}", highlight=False)
     hooks.on_data(data)
     with console.status("loading TensorFlow"), _quiet_stderr():
-        from training import export, fit, network
+        from convoy_training.export import to_onnx as export
+        from convoy_training.fitting import loop as fit
+        from convoy_training.fitting import networks as network
 
     strategy = fit.prepare(settings.seed)
     start = _start(settings, data.name) if settings.warm_start else None
@@ -143,7 +147,7 @@ def _fit(
     console: Console,
     hooks: Hooks,
 ) -> "Fitted":
-    from training import fit
+    from convoy_training.fitting import loop as fit
 
     with _progress(console) as progress:
         bar = progress.add_task("training", total=None)
@@ -199,7 +203,7 @@ def _graphs(
     onnx: bytes, data: Dataset, settings: TrainingSettings, console: Console
 ) -> tuple[dict[str, bytes], bytes]:
     """The graph in every precision asked for that it can be made in, and what they have in common."""
-    from training import variants
+    from convoy_training.export import quantization as variants
 
     cleaned = variants.clean(onnx)
     graphs = {"fp32": cleaned}
@@ -279,7 +283,7 @@ def _page(
     folder: Path,
     seconds: float,
 ) -> str:
-    from training import network
+    from convoy_training.fitting import networks as network
 
     given = findings.probabilities
     assert given is not None

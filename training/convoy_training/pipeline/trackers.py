@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from service.errors import ConvoyError
+from convoy_service.errors import ConvoyError
 
 if TYPE_CHECKING:
-    from training.fit import Epoch
+    from convoy_training.fitting.loop import Epoch
 
 log = logging.getLogger("convoy.trackers")
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service import bundle as bundles
-from service import profile
-from service.bundle import (
+from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts import reference_statistics as profile
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import (
     DATA,
     Bundle,
     Golden,
@@ -29,12 +30,11 @@ from service.bundle import (
     Thresholds,
     Variant,
 )
-from service.errors import BrokenVersion, ConvoyError, InferenceFailed
-from service.images import Pixels
-from service.model import Model
-from service.profile import Profile
-from training.data import Dataset, Split
-from training.evaluate import (
+from convoy_service.artifacts.reference_statistics import Profile
+from convoy_service.engine.onnx_model import Model
+from convoy_service.errors import BrokenVersion, ConvoyError, InferenceFailed
+from convoy_training.data.datasets import Dataset, Split
+from convoy_training.evaluation.scores import (
     ROUNDING,
     STRAIGHT,
     Evaluation,
@@ -53,7 +53,7 @@ from training.evaluate import (
     strangers,
     sure,
 )
-from training.settings import TrainingSettings
+from convoy_training.settings import TrainingSettings
 
 # On fewer test images than this, all of them right is no reason to wonder.
 _HANDFUL = 50
@@ -691,7 +691,7 @@ def manifest(
 
 
 def _profile(findings: Findings, test: Split) -> Profile:
-    """What the test images look like and what the float32 graph says, for `service.drift`."""
+    """What the test images look like and what the float32 graph says, for `convoy_service.observers.drift_monitor`."""
     given, thresholds = findings.probabilities, findings.thresholds
     assert given is not None
     unsure = None if thresholds is None else ~sure(given, thresholds)

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from service.bundle import VARIANTS, Manifest, Probabilities
-from service.images import Pixels
-from training.check import Example, Finding
-from training.data import Labels
-from training.evaluate import STRAIGHT, Calibration, Evaluation, Interval
-from training.publish import Check
-from training.settings import TrainingSettings
+from convoy_service.artifacts.images import Pixels
+from convoy_service.artifacts.reader import VARIANTS, Manifest, Probabilities
+from convoy_training.data.checks import Example, Finding
+from convoy_training.data.datasets import Labels
+from convoy_training.evaluation.scores import STRAIGHT, Calibration, Evaluation, Interval
+from convoy_training.release.publish import Check
+from convoy_training.settings import TrainingSettings
 
 Activations = npt.NDArray[np.float32]
 
