@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from convoy.__main__ import app
+from convoy.cli.app import app
 from deploy.grafana.make import dashboard
 from tests.integration import bad_input, damage
 

@@ -21,8 +21,8 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from convoy import client
-from convoy.__main__ import app
 from convoy.bulk.settings import BulkSettings
+from convoy.cli.app import app
 from convoy_service.rollout import policy
 from convoy_service.settings import Settings
 from convoy_service.telemetry import counters as metrics

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from convoy import Classifier
-from convoy.__main__ import app
+from convoy.cli.app import app
 from convoy.models import Folder
 from convoy_protos import classifier_pb2
 from convoy_protos import inference_pb2 as pb

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 from sklearn.datasets import load_sample_images
 
-from convoy.__main__ import app
+from convoy.cli.app import app
 from convoy_service.artifacts import images
 from convoy_service.artifacts.images import Target
 from convoy_training.data import datasets

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from convoy.__main__ import app
+from convoy.cli.app import app
 from convoy_service.artifacts import images
 from convoy_service.artifacts.images import Pixels, Target
 from convoy_service.errors import ConvoyError

@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from convoy.__main__ import app
+from convoy.cli.app import app
 from convoy_service.artifacts import reader as bundles
 from convoy_service.artifacts.images import Target
 from convoy_service.artifacts.reader import Bundle, Golden, Manifest, Scores, Variant

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from convoy.__main__ import app
+from convoy.cli.app import app
 from convoy.models import Model, Server, as_model, show
 from convoy_protos import classifier_pb2 as pb
 from convoy_service.errors import ConvoyError
