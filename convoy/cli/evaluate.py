@@ -3,13 +3,18 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from convoy.cli.app import app, fail, require
 from convoy.cli.tls import tls_credentials
 from convoy_service.settings import ModelsFolder, Version, default_models
+
+if TYPE_CHECKING:
+    from convoy.client import Classifier
+    from convoy_service.artifacts.reader import Probabilities
+    from convoy_training.data.datasets import Split
 
 
 @app.command
@@ -51,7 +56,7 @@ def evaluate(
     from rich.console import Console
 
     from convoy.client import Classifier, ClassifierError
-    from convoy_training.evaluation.scores import score, score_answers, served_answers
+    from convoy_training.evaluation.scores import score, score_answers
     from convoy_training.pipeline.run import load_test
 
     console = Console(stderr=as_json, soft_wrap=True)
@@ -68,7 +73,7 @@ def evaluate(
             credentials=tls_credentials(tls_ca),
         ) as classifier:
             try:
-                answered = served_answers(classifier, test, len(bundle.manifest.labels))
+                answered = _served_answers(classifier, test, len(bundle.manifest.labels))
             except ClassifierError as error:
                 fail(f"{error.code}: {error}")
         found["served"] = score_answers(answered, test.labels)
@@ -83,3 +88,22 @@ def evaluate(
                     f"log loss {scores.log_loss:.4f}"
                 )
     return int(server != "" and found["served"].correct != offline.correct)
+
+
+def _served_answers(classifier: "Classifier", split: "Split", classes: int) -> "Probabilities":
+    """What a running server says about the files of `split`, in their order, `[N, classes]`.
+
+    Raises ClassifierError, also where a single image fails.
+    """
+    import numpy as np
+
+    probabilities = np.zeros((len(split), classes), np.float32)
+    encoded = (split.encoded(position) for position in range(len(split)))
+    for row, prediction in zip(
+        probabilities, classifier.classify_many(encoded, classes), strict=True
+    ):
+        if prediction.error:
+            raise prediction.error
+        for label in prediction.labels:
+            row[label.index] = label.probability
+    return probabilities

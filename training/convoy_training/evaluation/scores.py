@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ from convoy_service.artifacts.images import Pixels
 from convoy_service.artifacts.reader import Parity, Probabilities, Scores, Thresholds
 from convoy_service.errors import ConvoyError, InferenceFailed
 from convoy_training.data.datasets import Labels, Split
-
-if TYPE_CHECKING:
-    from convoy.client import Classifier
 
 Predict = Callable[[Pixels], Probabilities]
 Right = npt.NDArray[np.bool_]
@@ -235,23 +232,6 @@ def answers(predict: Predict, inputs: Pixels) -> Probabilities:
     """What `predict` says about `inputs`, asked for in chunks."""
     chunks = [predict(inputs[start : start + _CHUNK]) for start in range(0, len(inputs), _CHUNK)]
     return np.concatenate(chunks)
-
-
-def served_answers(classifier: "Classifier", split: Split, classes: int) -> Probabilities:
-    """What a running server says about the files of `split`, in their order, `[N, classes]`.
-
-    Raises ClassifierError, also where a single image fails.
-    """
-    probabilities = np.zeros((len(split), classes), np.float32)
-    encoded = (split.encoded(position) for position in range(len(split)))
-    for row, prediction in zip(
-        probabilities, classifier.classify_many(encoded, classes), strict=True
-    ):
-        if prediction.error:
-            raise prediction.error
-        for label in prediction.labels:
-            row[label.index] = label.probability
-    return probabilities
 
 
 def score_answers(probabilities: Probabilities, labels: Labels) -> Scores:
