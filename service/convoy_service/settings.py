@@ -242,9 +242,14 @@ class Settings:
 def default_models() -> Path:
     """`./models` where there is one, else the models that come with Convoy."""
     local = Path("models")
-    if local.is_dir():
+    if local.is_dir() and not _is_code(local):
         return local
     here = Path(__file__).resolve().parent
     # In a checkout this file is service/convoy_service/settings.py, and models/ is beside service/.
     installed, checkout = here / "models", here.parent.parent / "models"
     return installed if installed.is_dir() else checkout
+
+
+def _is_code(folder: Path) -> bool:
+    """Whether `folder` is a Python package of the user's project, and holds no version of a model."""
+    return (folder / "__init__.py").is_file() and not any(folder.glob("*/*/manifest.json"))
