@@ -1,6 +1,6 @@
 """Convoy: train an image classifier, prove its export, serve it in batches over gRPC.
 
-This package is what users import; it needs `protos` and grpcio only.
+This package is what users import; it needs `convoy_protos` and grpcio only.
 """
 
 from typing import TYPE_CHECKING, Any
