@@ -16,6 +16,7 @@ from cyclopts import App, Parameter, Token, config
 
 from convoy.bench.settings import BenchSettings
 from convoy.bulk.settings import BulkSettings
+from service import crashes
 from service.errors import ConvoyError
 from service.settings import (
     IMAGE_SUFFIXES,
@@ -822,6 +823,7 @@ def _fail(message: str) -> NoReturn:
 
 def main() -> None:
     """Runs the command line; exits with its status."""
+    crashes.enable()
     if os.getpid() == 1:
         # In a container: the kernel keeps signals that nothing handles from its first process.
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))

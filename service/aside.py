@@ -19,6 +19,7 @@ import msgspec
 
 from service import bundle as bundles
 from service.cpu import usable_cores
+from service.crashes import ending
 from service.device import Device, expects_card
 from service.errors import BrokenVersion
 from service.model import Model
@@ -105,8 +106,7 @@ def prove(folder: Path, settings: "Settings") -> Proof | None:
         answer = msgspec.json.decode(told, type=_Answer)
     except msgspec.DecodeError as error:
         raise BrokenVersion(
-            f"{folder}: the process in which it was to prove itself ended with status "
-            f"{process.returncode}"
+            f"{folder}: the process in which it was to prove itself ended ({ending(process)})"
         ) from ChildProcessError(str(error))
     if answer.proof is None:
         cause = OSError(answer.refused) if answer.passing else None

@@ -14,6 +14,7 @@ import pytest
 
 from service.aside import Proof
 from service.cpu import split
+from service.crashes import CrashReport
 from service.errors import BrokenVersion
 from service.life import Refused
 from service.repository import Loaded, ModelState, Route
@@ -46,8 +47,8 @@ class Crew:
 
     def begin(self, member: _Member) -> None:
         member.pipe, self.ends[member.orders.name] = Pipe()
-        process: Any = SimpleNamespace(pid=1, wait=lambda: -9, kill=lambda: None)
-        member.process = process
+        process: Any = SimpleNamespace(pid=1, wait=lambda: -9, kill=lambda: None, returncode=-9)
+        member.process, member.crash = process, CrashReport()
         member.started = 0.0
 
     def member(self, name: str) -> _Member:
@@ -172,8 +173,8 @@ def test_who_takes_the_place_of_one_that_had_it_is_asked_again(
     crew.die("engine-0")
     assert crew.said == []
     ours, theirs = Pipe()
-    process: Any = SimpleNamespace(pid=2, wait=lambda: 0, kill=lambda: None)
-    monkeypatch.setattr("service.workers._spawn", lambda orders: (process, ours))
+    process: Any = SimpleNamespace(pid=2, wait=lambda: 0, kill=lambda: None, returncode=0)
+    monkeypatch.setattr("service.workers._spawn", lambda orders: (process, ours, CrashReport()))
     crew.ends["engine-0"] = theirs
     crew.supervisor._start(crew.member("engine-0"), 0.0)
     (kind, orders), *rest = crew.asked("engine-0")
