@@ -952,7 +952,8 @@ class Supervisor:
                 # Some of its calls had no answer: this is no clean stop.
                 self._failed = True
             return
-        if not was_ready and not self._was_ready:
+        # A worker that lacks a version was killed on purpose: the others can do without it.
+        if not was_ready and not self._was_ready and not member.lacks:
             log.error("%s could not start (%s)", name, end)
             self._failed = True
             self.stop(0.0)

@@ -222,6 +222,7 @@ def test_one_that_cannot_load_what_others_have_leaves_the_calls_to_them(
     crew.load(3)
     [(number, _)] = crew.loads("engine-1")
     crew.die("engine-0")
+    assert not crew.supervisor._failed, "it was killed on purpose"
     crew.answer("engine-1", "loaded", (number, FP32))
     for name in ("acceptor-0", "acceptor-1"):
         crew.answer(name, "loaded", (number, FP32))
