@@ -23,10 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.load import CLIENT, SERVER, command_line  # noqa: E402
+from benchmarks.load import CLIENT, ROOT, SERVER, command_line
 
 
 def _candidates() -> dict[str, Any]:
