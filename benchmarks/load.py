@@ -175,6 +175,14 @@ def convoy(*arguments: str, core: str = SERVER) -> Running:
     return Running(["env", *variables, *command], r"ready in .* gRPC on \S+:(\d+),", core)
 
 
+def convoy_on_aio() -> Running:
+    """The service on grpc.aio, see benchmarks/aio_front.py."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "aio_front.py"), "serve", "--no-http"]
+    command += ["--models", str(CACHE / "models"), "--host", "127.0.0.1", "--port", "0"]
+    command += ["--metrics-port", "0", "--shutdown-delay-s", "0"]
+    return Running(command, r"ready in .* gRPC on \S+:(\d+),")
+
+
 def empty(kind: str) -> Running:
     return Running([sys.executable, __file__, "empty-server", kind], r"port (\d+)")
 
@@ -300,6 +308,7 @@ class Bench:
             "empty, threaded": lambda: empty("threaded"),
             "empty, aio": lambda: empty("aio"),
             "Convoy, --front public": lambda: convoy("--front", "public"),
+            "Convoy, grpc.aio": convoy_on_aio,
             "Convoy, gRPC's threads read": lambda: convoy("GRPC_EXPERIMENTS=event_engine_listener"),
             "Convoy": convoy,
         }

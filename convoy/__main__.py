@@ -6,11 +6,13 @@ import sys
 
 from convoy.cli.app import app, fail
 from convoy.cli.environment import check_environment
+from convoy_service import crashes
 from convoy_service.errors import ConvoyError
 
 
 def main() -> None:
     """Runs the command line; exits with its status."""
+    crashes.enable()
     if os.getpid() == 1:
         # In a container: the kernel keeps signals that nothing handles from its first process.
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))

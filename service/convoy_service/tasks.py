@@ -21,7 +21,7 @@ class Loop(Protocol):
 
     thread: int  # as `threading.get_ident` says
 
-    def post(self, callback: Callable[[], None], exchange: Any, /) -> None: ...
+    def post(self, callback: Callable[[], None], /) -> None: ...
 
 
 class Wait(Generic[T]):
@@ -106,19 +106,12 @@ class Task:
     `then` takes the handler's result, or what it raised.
     """
 
-    __slots__ = ("_cancelled", "_exchange", "_handler", "_loop", "_then", "_ticket")
+    __slots__ = ("_cancelled", "_handler", "_loop", "_then", "_ticket")
 
     def __init__(
-        self,
-        handler: Coroutine[Wait[Any], Any, Any],
-        then: Done[Any],
-        loop: Loop,
-        exchange: Any = None,
+        self, handler: Coroutine[Wait[Any], Any, Any], then: Done[Any], loop: Loop
     ) -> None:
-        """`exchange` is the call it is done for: of it the loop knows how to be woken at once when
-        what it waits for ends on another thread.
-        """
-        self._handler, self._then, self._loop, self._exchange = handler, then, loop, exchange
+        self._handler, self._then, self._loop = handler, then, loop
         self._ticket: Cancellable | None = None
         self._cancelled = False
 
@@ -161,4 +154,4 @@ class Task:
         if get_ident() == loop.thread:
             self.run(outcome)
         else:
-            loop.post(lambda: self.run(outcome), self._exchange)
+            loop.post(lambda: self.run(outcome))

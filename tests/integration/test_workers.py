@@ -599,13 +599,46 @@ def test_each_time_that_a_worker_dies_soon_the_next_one_waits_longer_and_asleep(
         waits = []
         for times in (1, 2, 3):
             kill(server, "acceptor-1")()
-            died = r"acceptor-1 died \(status -9\): the next one starts in ([\d.]+) s\n"
+            died = r"acceptor-1 died \(killed by SIGKILL\): the next one starts in ([\d.]+) s\n"
             found = server.wait_for(rf"(?:{died}[\s\S]*?){{{times}}}")
             waits.append(float(found[1]))
         assert waits == [0.2, 0.4, 0.8]
         before = cpu_ticks(server.pid)
         kill(server, "acceptor-1")()
         assert cpu_ticks(server.pid) - before < 0.3 * os.sysconf("SC_CLK_TCK")
+
+
+def test_the_stacks_of_a_worker_that_crashes_are_in_the_log(models: Path) -> None:
+    with Server(*TWO_ALONE, models=models) as server:
+        server.ready()
+        os.kill(pid_of(server, "acceptor-1"), signal.SIGSEGV)
+        server.wait_for(
+            r"acceptor-1 crashed \(killed by SIGSEGV\)\. Its threads were at:\n"
+            r"Fatal Python error: Segmentation fault\n[\s\S]*transport\.py\", line \d+ in "
+        )
+        server.wait_for(r"acceptor-1 died \(killed by SIGSEGV\): the next one starts in")
+        server.wait_for(r"(?:: acceptor-1 is ready[\s\S]*?){2}")
+
+
+def test_a_worker_that_crashes_while_the_service_stops_makes_that_no_clean_stop(
+    models: Path,
+) -> None:
+    server = Server(*TWO_ALONE, "--shutdown-delay-s", "60", models=models).ready()
+    os.kill(server.pid, signal.SIGTERM)
+    server.wait_for("not ready; still answering")
+    for name in ("acceptor-0", "acceptor-1"):
+        os.kill(pid_of(server, name), signal.SIGSEGV)
+    server.wait_for(r"acceptor-\d died while the service stopped \(killed by SIGSEGV\)")
+    assert server.wait() == 1
+    server.close()
+
+
+def test_one_process_that_crashes_says_where_and_ends_by_its_signal(models: Path) -> None:
+    server = Server(models=models).ready()
+    os.kill(server.pid, signal.SIGSEGV)
+    server.wait_for(r"Fatal Python error: Segmentation fault\n[\s\S]*transport\.py\", line \d+ in ")
+    assert server.wait() == -signal.SIGSEGV
+    server.close()
 
 
 def probabilities_of(response: pb.ClassifyResponse) -> list[float]:

@@ -32,7 +32,7 @@ class Line(Loop):
         while self._posted or (self._timers and self._timers[0][0] <= time.monotonic()):
             self._chores()
 
-    def _wake(self, exchange: Exchange | None) -> None:
+    def _wake(self) -> None:
         pass
 
 

@@ -33,7 +33,7 @@ class Here:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
 
-    def post(self, callback: Callable[[], None], exchange: Any) -> None:
+    def post(self, callback: Callable[[], None]) -> None:
         callback()
 
 
@@ -47,7 +47,7 @@ class Handled:
         self.task = Task(handler, self.results.append, self)
         self.task.run()
 
-    def post(self, callback: Callable[[], None], exchange: Any) -> None:
+    def post(self, callback: Callable[[], None]) -> None:
         self.posted.append(callback)
 
 

@@ -366,7 +366,7 @@ def test_answers_come_as_there_is_something_to_tell_until_the_caller_leaves(
     assert next(call) == b"first"
     life.expect("begun", "written")
     for told in (b"second", b"third"):
-        server.loop.post(partial(life.exchange.write, told, False, written), life.exchange)
+        server.loop.post(partial(life.exchange.write, told, False, written))
         assert next(call) == told
         # The caller may have it before the loop hears that it has gone.
         life.expect("written")
@@ -474,7 +474,7 @@ def test_what_is_sent_to_a_caller_who_has_gone_harms_nobody(
     life.expect("begun")
     call.cancel()
     life.expect("gone", "closed")
-    server.loop.post(lambda: life.exchange.write(b"late", False, lambda: None), life.exchange)
+    server.loop.post(lambda: life.exchange.write(b"late", False, lambda: None))
     in_turn(server)
     assert unary(channel, server.serve(echo))(b"still", timeout=TIMEOUT_S) == b"still"
 
@@ -613,7 +613,7 @@ def test_other_threads_answer_at_once_though_nothing_else_happens(
     def aside(exchange: Exchange) -> None:
         def received(message: bytes | None) -> None:
             def work() -> None:
-                server.loop.post(lambda: exchange.end(0, message=message), exchange)
+                server.loop.post(lambda: exchange.end(0, message=message))
 
             threading.Thread(target=work).start()
 
@@ -649,7 +649,7 @@ def test_what_many_threads_post_is_done_by_the_loop_in_the_order_of_each(
 
         def work(number: int) -> None:
             for turn in range(500):
-                server.loop.post(partial(note, number, turn), life.exchange)
+                server.loop.post(partial(note, number, turn))
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
         for thread in threads:
@@ -792,7 +792,7 @@ def test_stopping_cuts_off_what_is_not_over(
             assert idle.answers.code() is Code.UNAVAILABLE
         assert sorted(life._heard.get(timeout=0) for _ in range(4)) == ["closed"] * 2 + ["gone"] * 2
         # Work for them may end later still, on other threads.
-        server.loop.post(lambda: None, life.exchange)
+        server.loop.post(lambda: None)
 
 
 @KINDS
@@ -994,7 +994,7 @@ loop.on_call = answer
 threading.Thread(target=call, daemon=True).start()
 loop.run()
 for late in calls:
-    loop.post(print, late)
+    loop.post(lambda: print(late))
 print("stopped")
 """
 

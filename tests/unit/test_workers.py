@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from convoy_service.crashes import CrashReport
 from convoy_service.engine.cpu import split
 from convoy_service.engine.isolated_verifier import Proof
 from convoy_service.errors import BrokenVersion
@@ -46,8 +47,8 @@ class Crew:
 
     def begin(self, member: _Member) -> None:
         member.pipe, self.ends[member.orders.name] = Pipe()
-        process: Any = SimpleNamespace(pid=1, wait=lambda: -9, kill=lambda: None)
-        member.process = process
+        process: Any = SimpleNamespace(pid=1, wait=lambda: -9, kill=lambda: None, returncode=-9)
+        member.process, member.crash = process, CrashReport()
         member.started = 0.0
 
     def member(self, name: str) -> _Member:
@@ -172,8 +173,10 @@ def test_who_takes_the_place_of_one_that_had_it_is_asked_again(
     crew.die("engine-0")
     assert crew.said == []
     ours, theirs = Pipe()
-    process: Any = SimpleNamespace(pid=2, wait=lambda: 0, kill=lambda: None)
-    monkeypatch.setattr("convoy_service.server.supervisor._spawn", lambda orders: (process, ours))
+    process: Any = SimpleNamespace(pid=2, wait=lambda: 0, kill=lambda: None, returncode=0)
+    monkeypatch.setattr(
+        "convoy_service.server.supervisor._spawn", lambda orders: (process, ours, CrashReport())
+    )
     crew.ends["engine-0"] = theirs
     crew.supervisor._start(crew.member("engine-0"), 0.0)
     (kind, orders), *rest = crew.asked("engine-0")
@@ -221,6 +224,7 @@ def test_one_that_cannot_load_what_others_have_leaves_the_calls_to_them(
     crew.load(3)
     [(number, _)] = crew.loads("engine-1")
     crew.die("engine-0")
+    assert not crew.supervisor._failed, "it was killed on purpose"
     crew.answer("engine-1", "loaded", (number, FP32))
     for name in ("acceptor-0", "acceptor-1"):
         crew.answer(name, "loaded", (number, FP32))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from convoy_service.artifacts import reader as bundles
+from convoy_service.crashes import ending
 from convoy_service.engine.cpu import usable_cores
 from convoy_service.engine.onnx_model import Model
 from convoy_service.engine.session import Device, expects_card
@@ -105,8 +106,7 @@ def prove(folder: Path, settings: "Settings") -> Proof | None:
         answer = msgspec.json.decode(told, type=_Answer)
     except msgspec.DecodeError as error:
         raise BrokenVersion(
-            f"{folder}: the process in which it was to prove itself ended with status "
-            f"{process.returncode}"
+            f"{folder}: the process in which it was to prove itself ended ({ending(process)})"
         ) from ChildProcessError(str(error))
     if answer.proof is None:
         cause = OSError(answer.refused) if answer.passing else None

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from convoy_service.api import shared_memory
 from convoy_service.api.shared_memory import SharedMemory
 from convoy_service.artifacts.reader import Bundle
+from convoy_service.crashes import CrashReport, ending
 from convoy_service.engine import gpu
 from convoy_service.engine import isolated_verifier as aside
 from convoy_service.engine.batcher import Batcher
@@ -135,7 +136,7 @@ class Orders:
 
 # Not `-m`: what is pickled would then be of two modules. Workers import what this process does, also
 # where the working directory has a folder named as one of ours.
-_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from convoy_service.server.supervisor import main; main()"
+_MAIN = "import sys; sys.path[:] = sys.argv[3:]; from convoy_service.server.supervisor import main; main()"
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -144,7 +145,8 @@ _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 def main() -> None:
-    """A worker's process: its first argument is the file descriptor of its pipe."""
+    """A worker's process. Its arguments are file descriptors: of its pipe, and of its crash report."""
+    CrashReport.write_to(int(sys.argv[2]))
     sys.exit(work(Connection(int(sys.argv[1]))))
 
 
@@ -423,6 +425,7 @@ class _Member:
         self.orders = orders
         self.process: subprocess.Popen[bytes] | None = None
         self.pipe: Connection | None = None
+        self.crash: CrashReport | None = None
         self.ready = self.stopped = False
         # What it has counted, as it said when it answered this question; how many are open; and what
         # those counted who were here before.
@@ -652,7 +655,7 @@ class Supervisor:
         member.started = now
         member.orders = replace(member.orders, present=self._present(), open=self._open)
         try:
-            process, pipe = _spawn(member.orders)
+            process, pipe, crash = _spawn(member.orders)
         except OSError as error:
             if not self._was_ready:
                 raise
@@ -660,7 +663,7 @@ class Supervisor:
             self._put_off(member, now, f"can't be started ({error})")
             return
         with self._changed:
-            member.process, member.pipe = process, pipe
+            member.process, member.pipe, member.crash = process, pipe, crash
             member.answered, member.open = self._questions, 0
             _send(member.pipe, "orders", member.orders)  # where it has died, its pipe says so
         self._metrics.process_started(member.orders.name)
@@ -933,25 +936,33 @@ class Supervisor:
         """Its pipe is closed: it has ended, or does at once."""
         assert member.process
         assert member.pipe
+        assert member.crash
         status = member.process.wait()
+        end, stacks = ending(member.process), member.crash.read()
         now, name = time.monotonic(), member.orders.name
+        if stacks:
+            log.critical("%s crashed (%s). Its threads were at:\n%s", name, end, stacks)
+        member.crash.close()
         with self._changed:
             member.pipe.close()
             member.past = merge([], [member.past, member.snapshot])
-            member.process = member.pipe = None
+            member.process = member.pipe = member.crash = None
             member.snapshot, was_ready, member.ready = {}, member.ready, False
             self._changed.notify_all()
         self._forget(member)
         if self._delay_s is not None:
             if status and not self._killed:
-                log.warning("%s ended with status %d", name, status)
+                log.error("%s died while the service stopped (%s)", name, end)
+                # Some of its calls had no answer: this is no clean stop.
+                self._failed = True
             return
-        if not was_ready and not self._was_ready:
-            log.error("%s could not start (status %d)", name, status)
+        # A worker that lacks a version was killed on purpose: the others can do without it.
+        if not was_ready and not self._was_ready and not member.lacks:
+            log.error("%s could not start (%s)", name, end)
             self._failed = True
             self.stop(0.0)
             return
-        self._put_off(member, now, f"died (status {status})")
+        self._put_off(member, now, f"died ({end})")
 
     def _put_off(self, member: _Member, now: float, reason: str) -> None:
         """The next one is started at once where the last had settled, else after a while."""
@@ -986,20 +997,27 @@ class Supervisor:
         return not alive
 
 
-def _spawn(orders: Orders) -> tuple[subprocess.Popen[bytes], Connection]:
-    """A worker's process that waits for its orders, and the pipe to it. Raises OSError."""
+def _spawn(orders: Orders) -> tuple[subprocess.Popen[bytes], Connection, CrashReport]:
+    """A worker's process that waits for its orders, the pipe to it, and what it writes if it crashes.
+    Raises OSError.
+    """
     passed = [orders.listener] if orders.listener >= 0 else []
     # Signals are for this process, also where a terminal sends them to all: a worker is born with
     # them blocked, and stays so.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    crash = CrashReport()
     try:
         ours, theirs = socket.socketpair()
         with ours, theirs:
+            descriptors = [theirs.fileno(), crash.descriptor]
             process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, str(theirs.fileno()), *sys.path],
-                pass_fds=[theirs.fileno(), *passed],
+                [sys.executable, "-c", _MAIN, *map(str, descriptors), *sys.path],
+                pass_fds=[*descriptors, *passed],
             )
-            return process, Connection(ours.detach())
+            return process, Connection(ours.detach()), crash
+    except OSError:
+        crash.close()
+        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 

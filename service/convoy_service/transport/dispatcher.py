@@ -420,7 +420,7 @@ class _Unary(Call):
             self._end(error)
             return
         del data
-        self._task = Task(route.handler(request, self), self._end, front.loop, exchange)
+        self._task = Task(route.handler(request, self), self._end, front.loop)
         self._task.run()
 
     def give_up(self) -> None:
@@ -563,7 +563,7 @@ class _Stream:
             else:
                 del data
                 then = partial(self._answer, request, call, size, answer)
-                task = Task(route.handler(request, call), then, front.loop, self._exchange)
+                task = Task(route.handler(request, call), then, front.loop)
                 self._tasks[id(call)] = task
                 task.run()
         self._read()

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from convoy_service.transport.doorbell import Doorbell
+
 log = logging.getLogger("convoy.transport")
 
 # Releases of grpcio, from and below, whose private interface tests/unit/test_transport.py has held
@@ -145,13 +147,10 @@ class Loop(ABC):
         # As `threading.get_ident` says.
         self.thread = 0
 
-    def post(self, callback: Callable[[], None], exchange: Exchange | None = None) -> None:
-        """Has `callback` called on the loop's thread; may be called from any other.
-
-        It costs least where it is for an `exchange` that has not been closed.
-        """
+    def post(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` on the loop's thread, soon. Any thread may call this."""
         self._posted.append(callback)
-        self._wake(exchange)
+        self._wake()
 
     def at(self, when: float, callback: Callable[[], None]) -> int:
         """Has `callback` called at `when`, on `time.monotonic`'s clock; give or take 2 ms. What it
@@ -182,7 +181,8 @@ class Loop(ABC):
         """Takes calls until `stop`."""
 
     @abstractmethod
-    def _wake(self, exchange: Exchange | None) -> None: ...
+    def _wake(self) -> None:
+        """Ends the sleep of the loop. Any thread may call this."""
 
     def _chores(self) -> float:
         """Runs what is due; the seconds until something is again."""
@@ -204,20 +204,23 @@ class Loop(ABC):
 
 
 class CoreServer(Loop):
-    """On grpcio's core. One thread polls the one completion queue and does everything else."""
+    """On grpcio's core. One thread polls the one completion queue and does everything else.
+
+    Every object of grpcio's core belongs to that thread, but for the doorbell, which any thread may
+    ring: docs/private-grpcio.md.
+    """
 
     def __init__(self, options: Options) -> None:
         super().__init__()
         from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-        self._core = cygrpc
+        self.core = cygrpc
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(tuple(options), False)
         self._server.register_completion_queue(self._queue)
+        self._doorbell = Doorbell(cygrpc, self._queue, self._chores)
         # How long calls may have lain in a socket before they were read.
         self._away_s = 0.0
-        self._woken = False
-        self._waking = threading.Lock()
         self._shut = False
 
     def bind(self, address: str, credentials: "grpc.ServerCredentials | None") -> int:
@@ -231,6 +234,7 @@ class CoreServer(Loop):
 
     def run(self) -> None:
         self.thread = threading.get_ident()
+        self._doorbell.open()
         self._server.start(backup_queue=False)
         for _ in range(_ASKED):
             self._ask()
@@ -240,7 +244,7 @@ class CoreServer(Loop):
             self._close()
 
     def _take_events(self) -> None:
-        poll, timed_out = self._queue.poll, self._core.CompletionType.queue_timeout
+        poll, timed_out = self._queue.poll, self.core.CompletionType.queue_timeout
         nap, events, began = self._chores(), 0, time.monotonic()
         while not self._stopping:
             # A deadline in 1970 asks for what is there now. One that has just passed would wait for
@@ -288,7 +292,7 @@ class CoreServer(Loop):
             deadline = None if deadline > _NEVER_S else time.monotonic() + left_s
         self.on_call(
             _CoreExchange(
-                self._core,
+                self,
                 event.call,
                 details.method.decode(errors="replace"),
                 deadline,
@@ -296,71 +300,49 @@ class CoreServer(Loop):
             )
         )
 
-    def _wake(self, exchange: Exchange | None) -> None:
-        # Before it runs nothing is asleep: chores come first.
-        if self._woken or not self.thread:
-            return
-        # To a queue that is closed it would be the end of the process.
-        with self._waking:
-            if self._shut:
-                return
-            self._woken = True
-            # Batches of no operations are over at once, and end up in the queue like all others.
-            if isinstance(exchange, _CoreExchange):
-                exchange.call.start_server_batch((), self._on_woken)
-                return
-            # Without a call, so does the end of a server that never listened: 5 us.
-            bell = self._core.Server((), False)
-            bell.register_completion_queue(self._queue)
-            bell.start(backup_queue=False)
-            bell.shutdown(self._queue, partial(self._on_rung, bell))
-
-    def _on_rung(self, bell: Any, _: object) -> None:
-        bell.destroy()
-        self._on_woken(None)
-
-    def _on_woken(self, _: object) -> None:
-        # First this, or what is posted while the chores run would wake nobody.
-        self._woken = False
-        self._chores()
+    def _wake(self) -> None:
+        self._doorbell.ring()
 
     def _close(self) -> None:
         self._stopping = True
+        self._doorbell.close()
         self._server.shutdown(self._queue, self._on_shut)
         ends = time.time() + _CLOSE_S
-        while not self._shut:
+        while not (self._shut and self._doorbell.closed):
             event = self._queue.poll(ends)
-            if event.completion_type == self._core.CompletionType.queue_timeout:
+            if event.completion_type == self.core.CompletionType.queue_timeout:
                 self._server.cancel_all_calls()
                 ends += _NAP_S
             else:
                 self._while_it_stops(partial(event.tag, event))
             event = None
         self._queue.shutdown()
-        while self._queue.poll().completion_type != self._core.CompletionType.queue_shutdown:
+        while self._queue.poll().completion_type != self.core.CompletionType.queue_shutdown:
             pass
         self._server.destroy()
+        self._doorbell.destroy()
 
     def _on_shut(self, _: object) -> None:
-        with self._waking:
-            self._shut = True
+        self._shut = True
 
 
 class _CoreExchange(Exchange):
-    __slots__ = ("_core", "_then", "_told", "call")
+    __slots__ = ("_call", "_core", "_loop", "_then", "_told")
 
     def __init__(
-        self, core: Any, call: Any, method: str, deadline: float | None, metadata: Any
+        self, loop: CoreServer, call: Any, method: str, deadline: float | None, metadata: Any
     ) -> None:
         super().__init__(method, deadline, metadata)
-        self._core, self.call = core, call
+        self._loop, self._core, self._call = loop, loop.core, call
         self._told = False  # the initial metadata has been sent
         self._then: Callable[[bytes | None], None] = ignore
 
     def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        # gRPC demands that batches of one call are started by one thread at a time.
+        assert threading.get_ident() == self._loop.thread, "only the loop's thread may use a call"
         self._due += 1
         # What gRPC refuses would never be over.
-        if self.call.start_server_batch(operations, then):
+        if self._call.start_server_batch(operations, then):
             raise RuntimeError(
                 "a message or status was sent before the last one had gone, or twice"
             )
@@ -466,7 +448,7 @@ class PublicServer(Loop):
         self._pool.shutdown()
         self._readers.shutdown()
 
-    def _wake(self, exchange: Exchange | None) -> None:
+    def _wake(self) -> None:
         self._events.put(ignore)
 
     def _handle(

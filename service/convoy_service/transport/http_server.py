@@ -511,8 +511,15 @@ class Web:
 
         try:
             asyncio.run(serve())
-        except Exception:
+        except Exception as error:
             log.critical("bug in HTTP", exc_info=True)
+            bug = error
+
+            def end() -> None:
+                raise bug
+
+            # A service whose port answers nobody is to be replaced: the bug ends its loop, too.
+            self._loop.post(end)
         finally:
             self._begun.set()
 
