@@ -1,4 +1,4 @@
-"""grpc.aio behind the interface of `convoy_service.transport.grpc_server`: a candidate for the front, for `load.py fronts`.
+"""grpc.aio behind the interface of the transport: a candidate for the front, for `load.py fronts`.
 
 python benchmarks/aio_front.py serve ARGUMENTS   is `convoy serve ARGUMENTS` on this front
 
@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpc
 
 from convoy_service.transport import grpc_server as transport
-from convoy_service.transport.grpc_server import Exchange, Loop, Options, Trailers, ignore
+from convoy_service.transport.call import Exchange, Trailers, ignore
+from convoy_service.transport.loop import Loop, Options
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 

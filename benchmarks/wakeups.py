@@ -7,7 +7,8 @@ thread of the pool. Every candidate runs `convoy serve` with models/digits on on
 the other core asks for /v2/models/digits/ready on one connection. The server's CPU time is read from
 /proc. Candidates are measured in turns; a figure is the median over the rounds. Needs two cores.
 
-The candidates are ways to wake the loop of `convoy_service.transport.grpc_server.CoreServer`, whose own is `doorbell`.
+The candidates are ways to wake the loop of `CoreServer` in convoy_service.transport.grpc_core,
+whose own is `doorbell`.
 """
 
 import http.client
@@ -29,10 +30,9 @@ from benchmarks.load import CLIENT, ROOT, SERVER, command_line
 
 
 def _candidates() -> dict[str, Any]:
-    from convoy_service.transport import doorbell
-    from convoy_service.transport import grpc_server as transport
+    from convoy_service.transport import doorbell, grpc_core, grpc_public, loop
 
-    class ThrowAway(transport.CoreServer):
+    class ThrowAway(grpc_core.CoreServer):
         """A server that never listened is shut down for each wake-up. The lock is held until
         `shutdown` has returned, so that the loop can't destroy the server before.
         """
@@ -58,7 +58,7 @@ def _candidates() -> dict[str, Any]:
             self._rung = False
             self._chores()
 
-    class Polling(transport.CoreServer):
+    class Polling(grpc_core.CoreServer):
         """The loop looks each millisecond while something was posted within the last second, and
         every 20 ms otherwise.
         """
@@ -72,12 +72,12 @@ def _candidates() -> dict[str, Any]:
             nap_s = super()._chores()
             return min(nap_s, 0.001 if time.monotonic() < self._busy_until else 0.02)
 
-    class Message(transport.CoreServer):
+    class Message(grpc_core.CoreServer):
         """A message on a connection of the process to itself, which the loop always waits for. The
         socket is written by the thread that posts.
         """
 
-        def __init__(self, options: transport.Options) -> None:
+        def __init__(self, options: loop.Options) -> None:
             super().__init__(options)
             self._caller, self._rung, self._guard = (
                 socket.socket(socket.AF_UNIX),
@@ -98,7 +98,7 @@ def _candidates() -> dict[str, Any]:
             while self._line is None:
                 event = self._queue.poll(time.time() + 5)
                 event.tag(event)
-            for _ in range(transport._ASKED):
+            for _ in range(grpc_core._ASKED):
                 self._ask()
             try:
                 self._take_events()
@@ -128,11 +128,11 @@ def _candidates() -> dict[str, Any]:
                     self._caller.sendall(doorbell._frame(0, 0, 1, b"\0\0\0\0\0"))
 
     return {
-        "doorbell": transport.CoreServer,
+        "doorbell": grpc_core.CoreServer,
         "throw-away": ThrowAway,
         "polling": Polling,
         "message": Message,
-        "public": transport.PublicServer,
+        "public": grpc_public.PublicServer,
     }
 
 

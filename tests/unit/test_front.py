@@ -15,8 +15,9 @@ from convoy_service import errors
 from convoy_service.tasks import Wait
 from convoy_service.telemetry.counters import Metrics
 from convoy_service.transport import dispatcher as front
+from convoy_service.transport.call import Exchange, Trailers
 from convoy_service.transport.dispatcher import Call, Front
-from convoy_service.transport.grpc_server import Exchange, Loop, Trailers
+from convoy_service.transport.loop import Loop
 
 Code = grpc.StatusCode
 Ask, Answer = pb.ModelReadyRequest, pb.ModelMetadataResponse

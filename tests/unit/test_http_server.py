@@ -6,8 +6,8 @@ import grpc
 import pytest
 
 from convoy_service.settings import Settings
-from convoy_service.transport.grpc_server import Loop
 from convoy_service.transport.http_server import Reply, Request, Web
+from convoy_service.transport.loop import Loop
 
 
 class Posted(Loop):

@@ -26,7 +26,10 @@ import grpc
 import pytest
 
 from convoy_service.transport import grpc_server as transport
-from convoy_service.transport.grpc_server import CoreServer, Exchange, Loop, PublicServer
+from convoy_service.transport.call import Exchange
+from convoy_service.transport.grpc_core import CoreServer
+from convoy_service.transport.grpc_public import PublicServer
+from convoy_service.transport.loop import Loop
 from tests.certificates import Certificates, make_certificates
 from tests.conftest import TIMEOUT_S, environment
 
@@ -970,7 +973,8 @@ def test_tls_encrypts_and_asks_clients_who_they_are(
 SCRIPT = """
 import os, signal, sys, threading
 import grpc
-from convoy_service.transport.grpc_server import CoreServer, PublicServer
+from convoy_service.transport.grpc_core import CoreServer
+from convoy_service.transport.grpc_public import PublicServer
 
 loop = {kind}([])
 target = f"127.0.0.1:{{loop.bind('127.0.0.1:0', None)}}"

@@ -26,8 +26,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from convoy_protos import classifier_pb2, inference_pb2
 from convoy_service.errors import InvalidRequest, Unsupported
 from convoy_service.settings import Settings
-from convoy_service.transport.grpc_server import Loop
 from convoy_service.transport.http_server import HTTP_STATUS, Refused, Reply, Request, Web, refusal
+from convoy_service.transport.loop import Loop
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks

@@ -18,7 +18,8 @@ from convoy_service import errors
 from convoy_service.tasks import Task, Wait
 from convoy_service.telemetry.counters import Metrics, Requests
 from convoy_service.transport import protobuf_scan as wire
-from convoy_service.transport.grpc_server import Exchange, Loop, ignore
+from convoy_service.transport.call import Exchange, ignore
+from convoy_service.transport.loop import Loop
 
 if TYPE_CHECKING:
     from convoy_service.telemetry.tracing import Trace, Tracing  # needs OpenTelemetry

@@ -39,7 +39,7 @@ class Doorbell:
 
     gRPC's core puts the tag of a batch without operations into the queue of its call at once, and
     allows this from any thread (`grpc_call_start_batch` in include/grpc/grpc.h). The call's memory
-    is valid from `open` to `close`, whatever other threads do meanwhile. docs/private-grpcio.md
+    is valid from `open` to `close`, whatever other threads do meanwhile. docs/decisions/0001-grpcio-core.md
     says why this matters, and what the alternatives cost.
     """
 

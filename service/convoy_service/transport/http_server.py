@@ -31,8 +31,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from convoy_service import errors
 from convoy_service.settings import Settings
+from convoy_service.transport.call import Exchange, Http, Trailers, ignore
 from convoy_service.transport.dispatcher import status_of, trailers_of
-from convoy_service.transport.grpc_server import Exchange, Http, Loop, Trailers, ignore
+from convoy_service.transport.loop import Loop
 
 log = logging.getLogger("convoy.web")
 
