@@ -35,7 +35,7 @@ from benchmarks.storming.http_callers import HttpCallers
 from benchmarks.storming.operator import Operator
 from benchmarks.storming.outages import Outages
 from benchmarks.storming.requests import make_models
-from benchmarks.storming.server import Server
+from benchmarks.storming.server import NotStarted, Server
 
 # No run has so many.
 _ENDLESS = 10**12
@@ -140,7 +140,11 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
             killed[role] += server.kill(role)
             kill_at = now + arguments.kill_every_s
         if arguments.drain_every_s and now >= drain_at:
-            wrong += server.restart()
+            try:
+                wrong += server.restart()
+            except NotStarted as error:
+                wrong.append(str(error))
+                break
             drains += 1
             drain_at = time.monotonic() + arguments.drain_every_s
         if now >= shown + 10:
@@ -150,8 +154,9 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
     took_s = time.monotonic() - began
     operator.stop()
     for process in processes:
-        process.join(5)
-        process.kill()
+        if running:  # it was broken off
+            process.kill()
+        process.join()
     counts = sum((each[0] for each in told.values()), Counter())
     rows = sum((each[1] for each in told.values()), Counter())
     for example in itertools.chain.from_iterable(each[2] for each in told.values()):
