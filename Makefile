@@ -85,7 +85,7 @@ released: install ## With each release: keep what protos/*.proto promise, in pro
 	$(BIN)/buf build protos --exclude-source-info --output protos/released.binpb
 
 .PHONY: docs
-docs: install ## Generate the settings tables in README.md and docs/
+docs: install ## Generate the pages of docs/ that come from the code
 	$(BIN)/python docs/generate.py
 
 .PHONY: lock

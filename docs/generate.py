@@ -1,6 +1,10 @@
-"""Writes what the documentation takes from the code: flags from their declarations (docs/cli.md,
-README.md), what a real server answers to bad input (docs/bad-input.md) and says of damaged versions
-(docs/damage.md); Prometheus' rules as its operator for Kubernetes takes them; and Grafana's dashboard.
+"""Writes the parts of the documentation that come from the code.
+
+- docs/cli.md and docs/settings.md: the flags, from their declarations.
+- docs/bad-input.md: the answers of a real server to bad input.
+- docs/damage.md: the states and reasons that a real server gives to damaged versions.
+- deploy/kubernetes: Prometheus' rules in the form of its operator for Kubernetes.
+- deploy/grafana: the dashboard.
 
 `--check` writes nothing and exits with 1 where a file would change.
 """
@@ -16,8 +20,37 @@ from tests.integration import bad_input, damage
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "convoy.json"
 RULES = ROOT / "deploy" / "kubernetes" / "components" / "monitoring" / "rules.yaml"
-MARKERS = re.compile(r"(<!-- settings of `convoy serve` -->\n).*?(<!-- end -->)", re.DOTALL)
 
+# The topics of docs/settings.md, and the settings of each in the order of the page. This is the only
+# place that groups settings: a setting without a topic stops `make docs` and `make check`.
+TOPICS = {
+    "Models": (
+        "models", "models-cache", "store-watch-s", "store-versions", "watch-s", "rollback-window-s",
+    ),
+    "Ports and connections": (
+        "host", "port", "http", "http-port", "metrics-port", "max-connection-age-s", "front",
+    ),
+    "TLS": ("tls-certificate", "tls-key", "tls-client-ca"),
+    "Devices": ("device", "variant", "deterministic", "cuda-graphs", "gpu-memory-mb"),
+    "Processes and threads": ("acceptors", "engines", "run-threads", "decode-threads"),
+    "Limits": (
+        "max-request-mb", "max-megapixels", "max-images", "max-in-flight", "max-held-mb",
+        "max-wait-s",
+    ),
+    "Permissions": ("allow-repository-control", "allow-shared-memory"),
+    "Feedback": ("feedback", "feedback-share", "feedback-mb", "feedback-rotate-s"),
+    "Drift": ("drift-images-per-s", "drift-window", "drift-psi"),
+    "Logs, metrics and traces": ("log-level", "metrics-compat", "otlp-endpoint"),
+    "Shutdown": ("shutdown-delay-s", "drain-grace-s"),
+}  # fmt: skip
+
+SETTINGS = """\
+# Settings of `convoy serve`
+
+`make docs` writes this page from the declarations in service/convoy_service/settings.py. Each setting \
+is a flag and a variable of the environment. A flag overrides its variable. An unknown `CONVOY_*` \
+variable is an error. [cli.md](cli.md) has the other commands.
+"""
 BAD_INPUT = """\
 # What becomes of bad input
 
@@ -39,9 +72,9 @@ disk included.
 """
 
 
-def settings_table() -> str:
-    """The settings of `convoy serve` as a markdown table."""
-    lines = ["| flag | variable | default | meaning |", "|---|---|---|---|"]
+def settings_page() -> str:
+    """The settings of `convoy serve`: a markdown table for each topic."""
+    rows = {}
     for argument in app["serve"].assemble_argument_collection(parse_docstring=True):
         flag = argument.name
         if flag == "*":
@@ -52,8 +85,16 @@ def settings_table() -> str:
             " ".join(str(argument.parameter.help).split()),
         )
         shown = "" if default is None else f"`{default}`"
-        lines.append(f"| `{flag}` | `{variable}` | {shown} | {meaning} |")
-    return "\n".join(lines) + "\n"
+        rows[flag.removeprefix("--")] = f"| `{flag}` | `{variable}` | {shown} | {meaning} |"
+    grouped = [name for names in TOPICS.values() for name in names]
+    if sorted(grouped) != sorted(rows):
+        wrong = ", ".join(sorted({*grouped} ^ {*rows})) or "a setting twice"
+        raise SystemExit(f"TOPICS in docs/generate.py must name each setting once: see {wrong}")
+    lines = [SETTINGS]
+    for topic, names in TOPICS.items():
+        lines += [f"## {topic}\n", "| flag | variable | default | meaning |", "|---|---|---|---|"]
+        lines += [*(rows[name] for name in names), ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def prometheus_rule() -> str:
@@ -76,17 +117,14 @@ def prometheus_rule() -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
     cli = re.sub(r"[ \t]+$", "", app.generate_docs(output_format="markdown"), flags=re.MULTILINE)
     wanted = {
         ROOT / "docs" / "cli.md": cli,
+        ROOT / "docs" / "settings.md": settings_page(),
         ROOT / "docs" / "bad-input.md": BAD_INPUT + bad_input.table(),
         ROOT / "docs" / "damage.md": DAMAGE + damage.table(),
         RULES: prometheus_rule(),
         DASHBOARD: dashboard(),
-        readme: MARKERS.sub(
-            lambda m: m[1] + settings_table() + m[2], readme.read_text(encoding="utf-8")
-        ),
     }
     status = 0
     for path, text in wanted.items():
