@@ -39,7 +39,6 @@ from convoy_training.data.datasets import Dataset, Split
 from convoy_training.evaluation.scores import answers, fit_scaling
 from convoy_training.release import publish
 from convoy_training.release.publish import Candidate, Check, Findings, Verdict
-from convoy_training.report import sections as report
 from convoy_training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -284,6 +283,8 @@ def _page(
     seconds: float,
 ) -> str:
     from convoy_training.fitting import networks as network
+    from convoy_training.report.page import render
+    from convoy_training.report.record import Layer, Record
 
     given = findings.probabilities
     assert given is not None
@@ -295,8 +296,8 @@ def _page(
         bundles.VARIANTS[name]: bundles.describe(candidate.graphs[name])
         for name in verdict.variants
     }
-    return report.render(
-        report.Record(
+    return render(
+        Record(
             name=data.name,
             version=max(bundles.versions(folder), default=0) + 1,
             manifest=replace(described, files=files),
@@ -307,8 +308,7 @@ def _page(
             probabilities=given,
             truth=data.test.labels,
             layers=[
-                report.Layer(*layer)
-                for layer in network.seen(fitted.network, data.test.inputs[shown])
+                Layer(*layer) for layer in network.seen(fitted.network, data.test.inputs[shown])
             ],
             shown=shown,
             latency_ms={
