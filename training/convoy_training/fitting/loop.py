@@ -27,7 +27,7 @@ from convoy_service.errors import ConvoyError
 from convoy_training.data.datasets import Dataset, class_weights
 from convoy_training.evaluation.scores import score
 from convoy_training.fitting import networks
-from convoy_training.settings import TrainingSettings
+from convoy_training.settings import Role, TrainingSettings, with_role
 
 log = logging.getLogger("convoy.fit")
 
@@ -44,6 +44,9 @@ _CHECKPOINT_S = 120.0
 # Raise it with each change to this file or to networks.py that comes to other weights from the same
 # settings and data, or that writes other contents to the checkpoint. Comments and names do not count.
 LOOP_VERSION = 1
+
+# Settings that are a part of the checkpoint's name: a run with other values begins anew.
+DECIDES_CHECKPOINT = with_role(Role.FIT)
 
 _FILE = "checkpoint.npz"
 # Nobody goes on with one that is older.
@@ -218,15 +221,10 @@ class _Run:
 
     def _folder(self, start: list[npt.NDArray[Any]] | None) -> Path:
         """Where checkpoints of a run with these settings, data and first weights lie."""
-        elsewhere = {
-            "models", "checkpoints", "resume", "tensorboard", "mlflow_uri", "summary", "textfile",
-            "retrain", "base", "compare", "variants", "cache", "skip_unreadable", "recipe", "mirror",
-            "storage", "significance", "keep_weights",
-        }  # fmt: skip
         kept = {
             name: value
             for name, value in asdict(self.settings).items()
-            if name not in elsewhere and not name.startswith(("min_", "max_"))
+            if name in DECIDES_CHECKPOINT
         }
         known = [kept, self.data.train.fingerprint(), self.precision, self.replicas]
         known += [self.data.validation.fingerprint(), keras.__version__, tf.__version__]
