@@ -53,6 +53,7 @@ class _Enough(Exception):
 
 def ours(settings: TrainingSettings, seconds: float) -> float:
     """Images a second from the second epoch on."""
+    from convoy_training.fitting import devices
     from convoy_training.fitting import loop as fit
 
     rates: list[tuple[float, float]] = []
@@ -66,7 +67,7 @@ def ours(settings: TrainingSettings, seconds: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, checkpoints=Path(folder))
         with contextlib.suppress(_Enough):
-            fit.fit(dataset(), settings, fit.prepare(0), on_epoch=on_epoch)
+            fit.fit(dataset(), settings, devices.prepare(0), on_epoch=on_epoch)
     took = sum(s for s, _ in rates)
     print(f"waited {sum(w for _, w in rates) / took:.4f}", file=sys.stderr)
     return IMAGES * len(rates) / took

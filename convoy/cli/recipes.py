@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import App, Token, config
 
 from convoy_service.errors import ConvoyError
-from convoy_training.settings import RECIPES, TrainingSettings
+from convoy_training.settings import RECIPES, Role, TrainingSettings, with_role
 
 if TYPE_CHECKING:
     from cyclopts.argument import ArgumentCollection
@@ -53,12 +53,8 @@ def from_recipe(root: App, commands: tuple[str, ...], arguments: "ArgumentCollec
         take_recipe("digits" if given.get("--data", "digits") == "digits" else "folder")
 
 
-# Settings that a retraining does not take over from the version that it is to replace: where things
-# lie, and what is meant for one run.
-_NOT_INHERITED = {
-    "models", "name", "retrain", "base", "warm_start", "summary", "textfile", "checkpoints", "resume",
-    "tensorboard", "mlflow_uri", "compare",
-}  # fmt: skip
+# Settings that a retraining does not take over from the version that it is to replace.
+NOT_INHERITED = with_role(Role.ONCE)
 
 
 def _inherited(base: Path) -> tuple[dict[str, Any], str]:
@@ -72,7 +68,7 @@ def _inherited(base: Path) -> tuple[dict[str, Any], str]:
             manifest = bundles.read(base / str(version)).manifest
         except ConvoyError:
             continue  # it does not serve either
-        known = {setting.name for setting in fields(TrainingSettings)} - _NOT_INHERITED
+        known = {setting.name for setting in fields(TrainingSettings)} - NOT_INHERITED
         settings = manifest.training.get("settings", {})
         values = {k: v for k, v in settings.items() if k in known and v is not None}
         pixels = manifest.pixels

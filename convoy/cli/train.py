@@ -14,7 +14,7 @@ def train(*, settings: Annotated[TrainingSettings, Flat] = TrainingSettings()) -
     fails, but what serves is not worse, and with 4 where there is nothing to learn that it has not.
     """
     require("onnxruntime", "cpu", "training")
-    for module in ("tensorflow", "tf2onnx", "sklearn"):
+    for module in ("tensorflow", "tf2onnx", "sklearn", "jinja2"):
         require(module, "train", "training")
     if settings.mlflow_uri:
         require("mlflow", "mlflow", "--mlflow-uri")

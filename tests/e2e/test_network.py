@@ -21,8 +21,10 @@ from convoy_training.data.datasets import Dataset, Split
 from convoy_training.evaluation.scores import Scaling, compare
 from convoy_training.export import quantization as variants
 from convoy_training.export import to_onnx as export
+from convoy_training.fitting import augmentation, devices
 from convoy_training.fitting import loop as fit
 from convoy_training.fitting import networks as network
+from convoy_training.fitting.checkpoint import Checkpoint
 from convoy_training.settings import TrainingSettings
 
 BASIC = TrainingSettings(filters=(4, 8), dense=8, precision="float32")
@@ -58,7 +60,7 @@ def test_what_is_exported_answers_as_the_network_does(
     settings: TrainingSettings, mirror: bool, bend: float
 ) -> None:
     data = dataset()
-    fit.prepare(0)
+    devices.prepare(0)
     built = network.build(data, settings)
     for layer in built.layers:
         # As after training: no normalisation does nothing.
@@ -84,7 +86,7 @@ def test_a_rounded_network_shares_its_weights_with_its_int8_graph(
     settings: TrainingSettings,
 ) -> None:
     data = dataset()
-    fit.prepare(0)
+    devices.prepare(0)
     built = network.build(data, settings)
     export.round_weights(built)
     serve = export.serving_function(built)
@@ -154,10 +156,10 @@ def test_a_backbone_takes_weights_from_a_file_with_or_without_its_head(tmp_path:
 
 def drawn(settings: TrainingSettings, pixels: np.ndarray, epoch: int = 0) -> np.ndarray:
     """The images after augmentation."""
-    how = fit.draw(settings, pixels.shape[1:3], len(pixels), epoch).how
-    whole = fit.only_whole(settings)
+    how = augmentation.draw(settings, pixels.shape[1:3], len(pixels), epoch).how
+    whole = augmentation.only_whole(settings)
     grey = tf.zeros(pixels.shape[-1])
-    return np.asarray(fit.augment(tf.constant(pixels), how, grey, whole=whole))
+    return np.asarray(augmentation.augment(tf.constant(pixels), how, grey, whole=whole))
 
 
 def dot(count: int = 400) -> np.ndarray:
@@ -189,7 +191,7 @@ def test_flips_alternate_from_epoch_to_epoch() -> None:
 
 
 def test_turns_and_scales_are_about_the_centre() -> None:
-    matrix = fit.draw(TrainingSettings(rotate=30, zoom=0.1), (9, 7), 200, 0).how["matrix"]
+    matrix = augmentation.draw(TrainingSettings(rotate=30, zoom=0.1), (9, 7), 200, 0).how["matrix"]
     linear = np.stack([matrix[:, 0:2], matrix[:, 3:5]], axis=1)
     centre = np.array([3, 4])
     moved = linear @ centre + matrix[:, [2, 5]]
@@ -231,7 +233,7 @@ def test_colours_vary_about_what_they_are() -> None:
 
 def trained(settings: TrainingSettings, folder: Path, data: Dataset, **more: Any) -> fit.Fitted:
     settings = replace(settings, checkpoints=folder)
-    return fit.fit(data, settings, fit.prepare(settings.seed), **more)
+    return fit.fit(data, settings, devices.prepare(settings.seed), **more)
 
 
 class Killed(BaseException):
@@ -317,7 +319,7 @@ def test_a_damaged_checkpoint_is_said_and_trained_anew(
     damage: slice, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "kept"
-    checkpoint = fit._Checkpoint(folder, True, True)
+    checkpoint = Checkpoint(folder, True, True)
     checkpoint.save({"step": 1}, [np.arange(3)], [])
     assert checkpoint.load() is not None
     file = folder / "checkpoint.npz"
@@ -340,7 +342,7 @@ def test_of_two_runs_that_are_the_same_one_may_end_before_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "kept"
-    first, second = (fit._Checkpoint(folder, True, True) for _ in range(2))
+    first, second = (Checkpoint(folder, True, True) for _ in range(2))
     first.save({"step": 1}, [np.arange(3)], [])
     write = np.savez
 
@@ -384,7 +386,7 @@ def test_the_best_epoch_is_taken_where_no_later_one_is_better(tmp_path: Path) ->
 
 
 def test_a_loss_that_is_no_number_ends_it_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(fit.TrainingFailed, match="try a lower --learning-rate than 1e"):
+    with pytest.raises(devices.TrainingFailed, match="try a lower --learning-rate than 1e"):
         trained(replace(LOOP, learning_rate=1e30, optimizer="sgd"), tmp_path, dataset())
 
 

@@ -13,6 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 from convoy_training.data import datasets
+from convoy_training.fitting import devices
 from convoy_training.fitting import loop as fit
 from convoy_training.settings import TrainingSettings
 
@@ -29,7 +30,7 @@ def main() -> int:
         precision="float32",
         checkpoints=Path(checkpoints),
     )
-    strategy = fit.prepare(settings.seed)
+    strategy = devices.prepare(settings.seed)
 
     def on_epoch(epoch: fit.Epoch) -> None:
         if dies and epoch.epoch == int(dies[0]):
@@ -42,7 +43,7 @@ def main() -> int:
         fitted = fit.fit(
             datasets.load(settings), settings, strategy, on_epoch=on_epoch, on_resume=on_resume
         )
-    except fit.TrainingFailed as error:
+    except devices.TrainingFailed as error:
         print(f"failed: {error}")
         return 1
     np.savez(weights, *fitted.network.get_weights(), allow_pickle=False)

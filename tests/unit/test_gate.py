@@ -29,6 +29,7 @@ from convoy_training.evaluation.scores import (
     wilson,
 )
 from convoy_training.pipeline.run import gate_table
+from convoy_training.provenance import provenance
 from convoy_training.release.publish import (
     Check,
     Findings,
@@ -39,7 +40,6 @@ from convoy_training.release.publish import (
     choose_golden,
     gate,
     judge,
-    provenance,
     serving_version,
     time_side_by_side,
 )

@@ -457,7 +457,7 @@ def test_settings_that_contradict_each_other_are_refused_and_told(
 
 def test_the_settings_that_do_not_count_are_settings() -> None:
     known = {each.name for each in fields(TrainingSettings)}
-    assert known >= job._AROUND | job._SEEN_IN_DATA | job._NOT_TRAINED
+    assert known >= job.AROUND | job.SEEN_IN_DATA | job.NOT_TRAINED
 
 
 def test_where_no_version_is_whole_nothing_is_published(settings: TrainingSettings) -> None:

@@ -20,7 +20,8 @@ from convoy_training.data.checks import Example, Finding
 from convoy_training.data.datasets import load
 from convoy_training.evaluation.scores import Scaling, choose_thresholds, evaluate, strangers
 from convoy_training.release.publish import Check
-from convoy_training.report.sections import Layer, Record, render
+from convoy_training.report.page import render
+from convoy_training.report.record import Layer, Record
 from convoy_training.settings import TrainingSettings
 
 _DIGITS = Path(__file__).parents[2] / "models" / "digits" / "1"

@@ -13,7 +13,7 @@ from convoy_service.artifacts.images import Pixels, Target
 from convoy_service.artifacts.reader import Bundle, Golden, Manifest, Probabilities
 from convoy_service.engine.onnx_model import Model
 from convoy_service.errors import BrokenVersion, ConvoyError, InferenceFailed
-from convoy_training.release.publish import provenance
+from convoy_training.provenance import provenance
 from convoy_training.settings import AddSettings
 
 _PIXEL_TYPES = {TensorProto.UINT8, TensorProto.FLOAT, TensorProto.FLOAT16}

@@ -32,7 +32,7 @@ from convoy_training.pipeline.run import Hooks
 from convoy_training.pipeline.trackers import MLflow, TensorBoard
 from convoy_training.release import publish
 from convoy_training.release.publish import Findings, NotBetter, Verdict
-from convoy_training.settings import TrainingSettings
+from convoy_training.settings import Role, TrainingSettings, with_role
 
 if TYPE_CHECKING:
     from convoy_training.fitting.loop import Epoch
@@ -47,22 +47,12 @@ Run = Callable[[TrainingSettings, Console, Hooks], Bundle | None]
 # In the model's folder, where neither Convoy nor Triton takes them for a version.
 LOCK, MEMORY = ".retrain.lock", ".retrain.json"
 
-# Settings that have no part in what a version comes to be: where things lie, who hears of it, ...
-_AROUND = {
-    "recipe", "models", "name", "cache", "checkpoints", "resume", "tensorboard", "mlflow_uri",
-    "retrain", "base", "summary", "textfile",
-}  # fmt: skip
-# ... those that the images themselves tell of, ...
-_SEEN_IN_DATA = {
-    "data", "split_seed", "test_share", "validation_share", "skip_unreadable", "image_size",
-    "channels", "resize",
-}  # fmt: skip
-# ... the gate, and where the weights came from, which is no reason to train on the same data again.
-_NOT_TRAINED = {
-    "min_accuracy", "min_recall", "max_calibration_error", "max_parity", "min_agreement",
-    "max_regression", "significance", "max_variant_loss", "max_slowdown", "max_megabytes", "compare",
-    "warm_start",
-}  # fmt: skip
+# Settings that have no part in what a version comes to be.
+AROUND = with_role(Role.RUN | Role.LABEL)
+# Settings that decide the images. The sums of the images tell whether these are the same.
+SEEN_IN_DATA = with_role(Role.DATA)
+# Settings whose change is no reason to train on the same data again.
+NOT_TRAINED = with_role(Role.GATE | Role.START)
 
 
 class NothingNew(ConvoyError):
@@ -212,7 +202,7 @@ class _Job:
 
     def _parameters(self) -> dict[str, Any]:
         """What MLflow shows beside figures: settings, and what was trained on."""
-        hidden = _AROUND - {"recipe", "retrain", "base"}
+        hidden = AROUND - {"recipe", "retrain", "base"}
         parameters = {k: v for k, v in asdict(self.settings).items() if k not in hidden}
         for name, split in self.outcome.data.items():
             parameters[f"images_{name}"] = split["count"]
@@ -301,7 +291,7 @@ class _Job:
     def _try(self) -> str:
         """A sha256 of what decides how a run ends: data, settings, and what it is held against."""
         serving = self.outcome.serving and self.outcome.serving["sha256"]
-        without = _AROUND | _SEEN_IN_DATA
+        without = AROUND | SEEN_IN_DATA
         settings = {k: v for k, v in asdict(self.settings).items() if k not in without}
         known = [settings, self.outcome.data, self._classes, serving]
         return hashlib.sha256(json.dumps(known, default=str, sort_keys=True).encode()).hexdigest()
@@ -438,7 +428,7 @@ def _trained_with(settings: Mapping[str, Any]) -> str:
         setting.name: setting.default
         for setting in fields(TrainingSettings)
         if setting.default is not MISSING
-        and setting.name not in _AROUND | _SEEN_IN_DATA | _NOT_TRAINED
+        and setting.name not in AROUND | SEEN_IN_DATA | NOT_TRAINED
     }
     known = {name: settings.get(name, default) for name, default in defaults.items()}
     return json.dumps(known, default=str, sort_keys=True)

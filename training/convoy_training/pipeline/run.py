@@ -39,11 +39,13 @@ from convoy_training.data.datasets import Dataset, Split
 from convoy_training.evaluation.scores import answers, fit_scaling
 from convoy_training.release import publish
 from convoy_training.release.publish import Candidate, Check, Findings, Verdict
-from convoy_training.report import sections as report
-from convoy_training.settings import TrainingSettings
+from convoy_training.settings import Role, TrainingSettings, with_role
 
 if TYPE_CHECKING:
     from convoy_training.fitting.loop import Epoch, Fitted
+
+# Settings that are no part of how a version was trained, so that its manifest does not record them.
+NOT_RECORDED = with_role(Role.RUN)
 
 # Training images by which int8 graphs are scaled.
 _CALIBRATION = 512
@@ -227,16 +229,11 @@ def _story(
     data: Dataset, settings: TrainingSettings, fitted: "Fitted", flops: int
 ) -> dict[str, Any]:
     """How it was trained: what the manifest keeps of it."""
-    # All but where things lie and who hears of it, which is no part of how it was trained.
-    elsewhere = {
-        "models", "checkpoints", "summary", "textfile", "base", "retrain", "cache", "resume",
-        "tensorboard", "mlflow_uri",
-    }  # fmt: skip
     return {
         "settings": {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(settings).items()
-            if name not in elsewhere
+            if name not in NOT_RECORDED
         },
         "images": {
             name: {
@@ -284,6 +281,8 @@ def _page(
     seconds: float,
 ) -> str:
     from convoy_training.fitting import networks as network
+    from convoy_training.report.page import render
+    from convoy_training.report.record import Layer, Record
 
     given = findings.probabilities
     assert given is not None
@@ -295,8 +294,8 @@ def _page(
         bundles.VARIANTS[name]: bundles.describe(candidate.graphs[name])
         for name in verdict.variants
     }
-    return report.render(
-        report.Record(
+    return render(
+        Record(
             name=data.name,
             version=max(bundles.versions(folder), default=0) + 1,
             manifest=replace(described, files=files),
@@ -307,8 +306,7 @@ def _page(
             probabilities=given,
             truth=data.test.labels,
             layers=[
-                report.Layer(*layer)
-                for layer in network.seen(fitted.network, data.test.inputs[shown])
+                Layer(*layer) for layer in network.seen(fitted.network, data.test.inputs[shown])
             ],
             shown=shown,
             latency_ms={

@@ -5,11 +5,9 @@ serves, `publish` writes what may be written.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +51,7 @@ from convoy_training.evaluation.scores import (
     strangers,
     sure,
 )
+from convoy_training.provenance import provenance
 from convoy_training.settings import TrainingSettings
 
 # On fewer test images than this, all of them right is no reason to wonder.
@@ -69,17 +68,6 @@ _RANGED, _RANGED_BATCH = 256, 16
 
 # Timing side by side: so long, but so many rounds at least.
 _TIMED_S, _ROUNDS = 1.0, 3
-
-_PACKAGES = (
-    "convoy-serving",
-    "tensorflow",
-    "keras",
-    "tf2onnx",
-    "onnx",
-    "onnxruntime",
-    "numpy",
-    "pillow",
-)
 
 
 @dataclass(frozen=True)
@@ -733,14 +721,3 @@ def choose_golden(split: Split) -> Pixels:
     rest = np.setdiff1d(np.arange(len(split)), first)
     chosen: Pixels = split.inputs[np.concatenate([first, rest])[:_GOLDEN]]
     return chosen
-
-
-def provenance() -> dict[str, str]:
-    """What made a version: the versions of the packages that had a part in it."""
-    made = {"python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            made[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return made
