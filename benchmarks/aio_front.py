@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpc
 
+from convoy_service.tasks import ignore
 from convoy_service.transport import grpc_server as transport
-from convoy_service.transport.grpc_server import Exchange, Loop, Options, Trailers, ignore
+from convoy_service.transport.grpc_server import Exchange, Loop, Options, Trailers
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 

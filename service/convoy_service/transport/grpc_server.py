@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from convoy_service.tasks import ignore
 from convoy_service.transport.doorbell import Doorbell
 
 log = logging.getLogger("convoy.transport")
@@ -57,10 +58,6 @@ _THREADS = 256
 
 Options = Sequence[tuple[str, int]]
 Trailers = Sequence[tuple[str, str]]
-
-
-def ignore(_: object = None) -> None:
-    """A callback of those who do not want to know."""
 
 
 class Http(NamedTuple):
