@@ -25,7 +25,7 @@ from pyarrow import compute, parquet, types
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from convoy.bulk.settings import BulkSettings
-from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.files import replace_file
 from convoy_service.artifacts.reader import Bundle
 from convoy_service.errors import ConvoyError
 from convoy_service.settings import IMAGE_SUFFIXES
@@ -83,7 +83,7 @@ class Place(NamedTuple):
             return
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        bundles.replace_file(path, data)
+        replace_file(path, data)
 
 
 @functools.lru_cache

@@ -1,8 +1,8 @@
 """The server: gRPC in front, ONNX Runtime behind, batches between. It never imports TensorFlow.
 
 Packages, highest layer first: `server`; `api`, `lifecycle`, `observers`; `transport`, `registry`,
-`object_store`; `ipc`, `telemetry`; `engine`, `rollout`; `artifacts`; then the modules `errors`,
-`settings` and `tasks`. A package imports lower layers only.
+`object_store`; `ipc`, `telemetry`; `engine`, `rollout`; `artifacts`; then the modules `backoff`,
+`duty_cycle`, `errors`, `settings` and `tasks`. A package imports lower layers only.
 Callers: `convoy` and `convoy_training`.
 """
 

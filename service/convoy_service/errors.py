@@ -1,5 +1,9 @@
 """What can go wrong, in the service's own words. Status codes are given to these in `front`."""
 
+# Texts that several refusals end with, or are.
+BACK_OFF = "back off, then retry"
+SHUTTING_DOWN = "this server is shutting down: retry, another may answer"
+
 
 class ConvoyError(Exception):
     """An answer that is a no; its text is for the caller and says what to do."""

@@ -12,6 +12,10 @@ T = TypeVar("T")
 Done = Callable[[T | Exception], None]
 
 
+def ignore(_: object = None) -> None:
+    """A callback that does nothing, for a caller that needs no call."""
+
+
 class Cancellable(Protocol):
     def cancel(self) -> object: ...
 

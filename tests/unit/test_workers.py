@@ -231,7 +231,7 @@ def test_one_that_cannot_load_what_others_have_leaves_the_calls_to_them(
     assert crew.said == [FP32]
     # Ever more seldom.
     member, pauses = crew.member("engine-0"), []
-    member.retry_s = 0.1
+    member.backoff.reset()
     for _ in range(13):
         member.lacks = True
         crew.supervisor._put_off(member, member.started + 100.0, "died")

@@ -24,7 +24,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from convoy_protos import classifier_pb2, inference_pb2
-from convoy_service.errors import InvalidRequest, Unsupported
+from convoy_service.errors import BACK_OFF, InvalidRequest, Unsupported
 from convoy_service.settings import Settings
 from convoy_service.transport.http_server import HTTP_STATUS, Refused, Reply, Request, Web, refusal
 from convoy_service.transport.loop import Loop
@@ -785,7 +785,7 @@ _REFUSALS = {
     "408": "The body did not come",
     "413": "The body is too large",
     "415": "A body of a kind that is not taken",
-    "429": "Too much is waiting: back off, then retry",
+    "429": f"Too much is waiting: {BACK_OFF}",
     "500": "A fault of the service; its log says more",
     "501": "Not offered here",
     "503": "Starting, draining, or without a working version: retry elsewhere",

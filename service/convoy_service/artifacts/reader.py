@@ -13,7 +13,6 @@ models/<name>/<version>/                  a positive integer; the highest is the
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -23,7 +22,6 @@ import shutil
 import stat
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +33,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from convoy_service.artifacts.files import hold_lock, sync_folder, write_flushed
 from convoy_service.artifacts.images import Pixels, Target
 from convoy_service.errors import BrokenVersion, ConvoyError
 
@@ -427,15 +426,15 @@ def write(
             version = temporary / "version"
             version.mkdir()
             for name, file in files.items():
-                _write_synced(version / name, file)
-            sync(version)
+                write_flushed(version / name, file)
+            sync_folder(version)
             # Before the version appears, so that a disk that is full by now publishes nothing.
             for name, text in beside.items():
-                _write_synced(temporary / name, text.encode())
+                write_flushed(temporary / name, text.encode())
             folder = _rename_to_next(version, model)
             for name in beside:
                 (temporary / name).replace(model / name)
-        sync(model)
+        sync_folder(model)
     except OSError as error:
         raise ConvoyError(
             f"the new version could not be written to {model}: {error.strerror or error}; "
@@ -456,7 +455,7 @@ def exclusive(model: Path) -> Iterator[None]:
     except OSError as error:
         raise ConvoyError(f"{model} can't be published to: {error.strerror}") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        hold_lock(descriptor)
         yield
     finally:
         os.close(descriptor)
@@ -514,35 +513,3 @@ def _rename_to_next(temporary: Path, model: Path) -> Path:
             # Another writer took this number; anything else is an error.
             if not folder.is_dir():
                 raise
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes, mode: int | None = None) -> None:
-    """Readers see the old file or the new one, whole, also where several write it. `mode`: else as
-    other files are. Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        _write_synced(temporary, data)
-        if mode is not None:
-            temporary.chmod(mode)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def sync(folder: Path) -> None:
-    """What was renamed in it stays so. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

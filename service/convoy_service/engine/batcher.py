@@ -18,7 +18,14 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from convoy_service.errors import Cancelled, DeadlineExceeded, InferenceFailed, NotReady, Overloaded
+from convoy_service.errors import (
+    BACK_OFF,
+    Cancelled,
+    DeadlineExceeded,
+    InferenceFailed,
+    NotReady,
+    Overloaded,
+)
 
 Rows = npt.NDArray[np.uint8]
 Outputs = npt.NDArray[np.float32]
@@ -556,7 +563,7 @@ class Batcher:
         wait_s = rest_s + ahead // self._max * common_s
         if wait_s > self._max_wait_s:
             raise Overloaded(
-                f"those before you take about {wait_s:.2g} s: back off, then retry",
+                f"those before you take about {wait_s:.2g} s: {BACK_OFF}",
                 wait_s - self._max_wait_s,
             )
         if deadline == math.inf:
@@ -577,7 +584,7 @@ class Batcher:
             return end_s > left_s
         raise Overloaded(
             f"this would take about {end_s:.2g} s, the deadline leaves {left_s:.2g} s: "
-            "back off, then retry, or allow more time",
+            f"{BACK_OFF}, or allow more time",
             end_s - left_s,
         )
 

@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from convoy_service.artifacts.images import Pixels
 from convoy_service.artifacts.reader import Bundle, Probabilities
+from convoy_service.duty_cycle import DutyCycle
 from convoy_service.engine.cpu import whole_cores
 from convoy_service.engine.session import (
     Card,
@@ -37,9 +38,8 @@ COARSE_TOLERANCE = 1e-2
 # How long, and how often, batches are timed before a version serves.
 _MEASURE_S, _MEASURED_RUNS = 1.0, 3
 
-# How long a version that is loaded while others serve rests after each run, in runs: it takes a fifth
-# of the device.
-_REST = 4.0
+# While others serve, a version that is loaded takes this share of the device: it rests after each run.
+_SHARE = 0.2
 
 # A card has its next batch at hand when it is done with one, see `Batcher`.
 _LANES = 2
@@ -312,11 +312,11 @@ class Model:
         self, pixels: Pixels, gently: bool, clock: Callable[[], float] = time.perf_counter
     ) -> tuple[Probabilities, float]:
         """The answers, and the seconds that they took."""
-        began = clock()
+        duty = DutyCycle(_SHARE, clock)
         answers = self.run(pixels)
-        seconds = clock() - began
+        seconds = duty.worked_s()
         if gently:
-            time.sleep(_REST * seconds)
+            time.sleep(duty.rest_s())
         return answers, seconds
 
     def prove(self, bundle: Bundle, *, gently: bool = False, briefly: bool = False) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from convoy_service.backoff import Backoff
 from convoy_service.engine.batcher import LOWEST_LEVEL, Answer, Done, Outputs, Rows
 from convoy_service.errors import (
+    BACK_OFF,
     Cancelled,
     ConvoyError,
     DeadlineExceeded,
@@ -320,8 +322,9 @@ class Engines:
         self._numbers = itertools.count()
         self._routes: dict[tuple[str, int, str], list[_Route]] = {}
         self._links: dict[int, _Link] = {}  # by file descriptor
-        # Where no engine is connected: when to try again, and how long to wait after that.
-        self._retries = {os.fspath(path): (0.0, _RETRY_S) for path in paths}
+        # By path: when to try to connect, `inf` where an engine is connected.
+        self._due = {os.fspath(path): 0.0 for path in paths}
+        self._backoffs = {path: Backoff(_RETRY_S, _LONGEST_RETRY_S) for path in self._due}
         self._poller = select.epoll()
         self._bell = bell(self)
         self._poller.register(self._bell, select.EPOLLIN)
@@ -384,9 +387,9 @@ class Engines:
         try:
             while not self._closing:
                 now = time.monotonic()
-                for path in [path for path, (due, _) in self._retries.items() if due <= now]:
+                for path in [path for path, due in self._due.items() if due <= now]:
                     self._connect(path, now)
-                due = min((due for due, _ in self._retries.values()), default=math.inf)
+                due = min(self._due.values(), default=math.inf)
                 timeout = None if due == math.inf else max(0.0, due - now)
                 for fd, events in self._poller.poll(timeout):
                     if fd in self._links:
@@ -401,14 +404,13 @@ class Engines:
             self._poller.close()
 
     def _connect(self, path: str, now: float) -> None:
-        _, delay = self._retries[path]
         try:
             link = _Link(path, self._poller, self.memory_bytes)
         except OSError:
-            self._retries[path] = (now + delay, min(2 * delay, _LONGEST_RETRY_S))
+            self._due[path] = now + self._backoffs[path].next_s()
         else:
             self._links[link.socket.fileno()] = link
-            self._retries[path] = (math.inf, delay)
+            self._due[path] = math.inf
 
     def _hear(self, link: _Link, events: int) -> None:
         try:
@@ -436,7 +438,8 @@ class Engines:
                 key = (route.info.name, route.info.version, route.info.sha256)
                 self._routes[key] = [*self._routes.get(key, ()), route]
             self._news.notify_all()
-        self._retries[link.path] = (math.inf, _RETRY_S)
+        self._due[link.path] = math.inf
+        self._backoffs[link.path].reset()
         self._on_change(link.path, tuple(route.info for route in link.routes.values()))
 
     def _forget(self, link: _Link) -> None:
@@ -465,14 +468,11 @@ class Engines:
         self.flush()  # cancels, to other engines that have pieces of these requests
         if link.page is not None:
             link.routes.clear()  # they know the link: its memory would wait for the collector
-            self._retries[link.path] = (0.0, _RETRY_S)
+            self._due[link.path] = 0.0
+            self._backoffs[link.path].reset()
             self._on_change(link.path, ())
         else:
-            _, delay = self._retries[link.path]
-            self._retries[link.path] = (
-                time.monotonic() + delay,
-                min(2 * delay, _LONGEST_RETRY_S),
-            )
+            self._due[link.path] = time.monotonic() + self._backoffs[link.path].next_s()
 
     def _settle(self, link: _Link, replies: list[tuple[Any, ...]]) -> None:
         """Takes answers out of the shared memory, and uses or frees their blocks."""
@@ -596,7 +596,7 @@ class RemoteBatcher:
                 pieces.append(_Piece(ticket, route, offset, room))
             elif not pieces:
                 raise Overloaded(
-                    "the memory shared with the engine is full: back off, then retry",
+                    f"the memory shared with the engine is full: {BACK_OFF}",
                     ahead_s + room * route.row_s,
                 )
             if room == total or offset is None or len(pieces) == 2:
@@ -615,9 +615,7 @@ class RemoteBatcher:
             ahead_s - self._batch_rows * route.row_s - self._max_wait_s, now + ahead_s - deadline
         )
         if over_s > 0:
-            raise Overloaded(
-                f"those who wait take about {ahead_s:.2g} s: back off, then retry", over_s
-            )
+            raise Overloaded(f"those who wait take about {ahead_s:.2g} s: {BACK_OFF}", over_s)
 
     def check(self, deadline: float | None) -> None:
         """See `Batcher.check`; priorities, too, are refused here."""

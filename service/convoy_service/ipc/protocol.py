@@ -39,6 +39,7 @@ from typing import Any
 import msgspec
 
 from convoy_service.errors import (
+    BACK_OFF,
     Cancelled,
     ConvoyError,
     DeadlineExceeded,
@@ -63,7 +64,7 @@ TIMES_AT, MOST_MODELS = 1 << 20, 1024
 PAGE_BYTES = TIMES_AT + 16 * MOST_MODELS
 # The status of a reply is the place in this list, from 1. The texts are those of the acceptor.
 _ENDINGS: tuple[tuple[type[ConvoyError], str], ...] = (
-    (Overloaded, "more is waiting than can be done in time: back off, then retry"),
+    (Overloaded, f"more is waiting than can be done in time: {BACK_OFF}"),
     (DeadlineExceeded, "the deadline could no longer be met"),
     (Cancelled, "the request was cancelled"),
     (NotReady, "the engine is being stopped: retry"),

@@ -27,6 +27,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from convoy_service.artifacts import reader as bundles
 from convoy_service.artifacts.reader import Manifest
+from convoy_service.backoff import Backoff
 from convoy_service.engine.isolated_verifier import Proof
 from convoy_service.errors import (
     BrokenVersion,
@@ -133,7 +134,7 @@ class _Version:
     # try again, and how long to wait the time after.
     tried: _Stamp | None = None
     retry_at: float = math.inf
-    retry_s: float = _RETRY_S
+    backoff: Backoff = field(default_factory=partial(Backoff, _RETRY_S, _LONGEST_RETRY_S))
     # Until when it is kept for a way back.
     until: float = math.inf
     told_forgotten: bool = False
@@ -951,7 +952,7 @@ class Director:
             self._refuse(model, version, outcome)
             return
         version.held, version.state, version.reason = outcome, READY, outcome.fallback
-        version.retry_s = _RETRY_S
+        version.backoff.reset()
         if version.stamp != version.tried:
             version.stamp = None  # its files may have been changed since they were read
         if version.digest and version.digest != outcome.digest:
@@ -970,8 +971,7 @@ class Director:
         version.state, version.reason = BROKEN, why.reason
         version.retry_at = math.inf
         if why.passing:
-            version.retry_at = self._clock() + version.retry_s
-            version.retry_s = min(2 * version.retry_s, _LONGEST_RETRY_S)
+            version.retry_at = self._clock() + version.backoff.next_s()
 
     def _unload(self, model: _Model, version: _Version) -> None:
         log.info("%s/%d is being drained", model.name, version.number)

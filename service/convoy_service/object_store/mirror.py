@@ -14,7 +14,6 @@ from the folder does not notice whether the store is there.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import logging
@@ -29,7 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from obstore.exceptions import (
     AlreadyExistsError,
@@ -42,7 +41,16 @@ from obstore.exceptions import (
 from obstore.store import MemoryStore, from_url
 
 from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.files import (
+    flush_file,
+    hold_lock,
+    replace_file,
+    sync_folder,
+    write_flushed,
+)
 from convoy_service.artifacts.reader import MANIFEST, Manifest
+from convoy_service.backoff import Backoff
+from convoy_service.duty_cycle import DutyCycle
 from convoy_service.errors import BrokenVersion, ConvoyError, NotPossible
 from convoy_service.rollout import policy as policies
 from convoy_service.rollout.policy import FILE, Policy
@@ -142,7 +150,7 @@ class _Try:
     """What came of trying to get something; until `at`, while it is what it was, not again."""
 
     what: object
-    failures: int = 0
+    backoff: Backoff
     at: float = 0.0
     reason: str = ""
 
@@ -270,22 +278,22 @@ class Store:
         helper = threading.Thread(target=_start_obstore, daemon=True)
         helper.start()
         helper.join()
-        failures = 0
+        backoff = Backoff(self._watch_s, _LONGEST_RETRY_S, jitter=True)
         while not self._closed.is_set():
             try:
                 self.look()
-                if failures:
+                if backoff.failures:
                     log.info("%s is there again", self.url)
-                failures, self._failure = 0, ""
+                backoff.reset()
+                self._failure = ""
                 # So that many replicas do not ask at once.
                 delay_s = self._watch_s * random.uniform(0.9, 1.1)
             except _Closed:
                 return
             # A panic in `obstore` is no Exception, and must not end this thread either.
             except BaseException as error:
-                failures += 1
                 unforeseen = None if isinstance(error, BaseError | ConvoyError | OSError) else error
-                delay_s = _jittered(self._watch_s, failures, _LONGEST_RETRY_S)
+                delay_s = backoff.next_s()
                 self.metrics.store_error(_kind(error, "store"))
                 self._failure = f"{self.url} can't be read: {_words(error)}"
                 log.warning(
@@ -310,7 +318,7 @@ class Store:
         for key, each in list(self._tries.items()):
             if isinstance(key, tuple) and key not in tried:
                 del self._tries[key]
-            failed |= bool(each.failures)
+            failed |= bool(each.backoff.failures)
         self.metrics.store_waiting(len(self.waiting()))
         if not failed:
             self.metrics.store_synced()
@@ -318,9 +326,7 @@ class Store:
     def _hold(self) -> bool:
         """Whether this process is the one that keeps the folder up to date."""
         if not self._held:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not hold_lock(self._lock.fileno(), 0):
                 if not self._first.is_set():
                     log.info("another process keeps %s up to date", self.folder)
                 return False
@@ -371,7 +377,7 @@ class Store:
         if last is None or last.what != what:
             if last:  # what was begun may be of other files
                 shutil.rmtree(self._incoming_place(key), ignore_errors=True)
-            last = self._tries[key] = _Try(what)
+            last = self._tries[key] = self._new_try(what)
         elif last.at > self._clock():
             return there
         try:
@@ -393,10 +399,12 @@ class Store:
             return True
         return there
 
+    def _new_try(self, what: object) -> _Try:
+        return _Try(what, Backoff(self._watch_s, _LONGEST_VERSION_RETRY_S, jitter=True))
+
     def _failed(self, last: _Try, what: str, error: Exception, kind: str = "denied") -> None:
-        last.failures += 1
         last.reason = _words(error)
-        delay_s = _jittered(self._watch_s, last.failures, _LONGEST_VERSION_RETRY_S)
+        delay_s = last.backoff.next_s()
         last.at = self._clock() + delay_s
         self.metrics.store_error(_kind(error, kind))
         log.error(
@@ -452,20 +460,18 @@ class Store:
         )  # fmt: skip
         for name, file in manifest.files.items():
             self._fetch_file(key, files, files[name], incoming / name, file.sha256)
-        bundles.sync(incoming)
+        sync_folder(incoming)
         place = self._place(key)
         place.parent.mkdir(exist_ok=True)
         self._discard(place)
         incoming.rename(place)
-        bundles.sync(place.parent)
+        sync_folder(place.parent)
         log.info("%s/%d of %s is in %s", *key, self.url, place)
 
     def _begin(self, incoming: Path, data: bytes) -> Manifest:
         """The folder of a version on its way, with its manifest. Raises _Refused."""
         incoming.mkdir(parents=True, exist_ok=True)
-        with (incoming / MANIFEST).open("wb") as file:
-            file.write(data)
-            _flush(file)
+        write_flushed(incoming / MANIFEST, data)
         try:
             return bundles.read_manifest(incoming)
         except BrokenVersion as error:
@@ -492,9 +498,10 @@ class Store:
             while piece := file.read(1 << 20):
                 digest.update(piece)
                 done += len(piece)
+            duty = DutyCycle(_SHARE)
             while done < there.size:
                 self._between(key, files)
-                began_s = time.thread_time()
+                duty.begin()
                 end = min(done + self._piece_bytes, there.size)
                 piece = _get(self._source, there, done, end)
                 digest.update(piece)
@@ -502,7 +509,7 @@ class Store:
                 done += len(piece)
                 self.metrics.store_fetched(len(piece))
                 if self._first.is_set():
-                    self._closed.wait((time.thread_time() - began_s) * (1 / _SHARE - 1))
+                    self._closed.wait(duty.rest_s())
                 now = self._clock()
                 if now - told > _TELL_S:
                     told = now
@@ -510,7 +517,7 @@ class Store:
                         "%s/%d: %s: %.0f of %.0f MB in %.0f s",
                         *key, to.name, done / 1e6, there.size / 1e6, now - began,
                     )  # fmt: skip
-            _flush(file)
+            flush_file(file)
         if digest.hexdigest() != sha256:
             to.unlink()
             raise _Refused("corrupt", f"{there.path}: its sha256 is not the manifest's")
@@ -576,7 +583,7 @@ class Store:
         for gone in [key for key in self._tries if isinstance(key, str) and key not in names]:
             del self._tries[gone]
         for name in names:
-            last = self._tries.setdefault(name, _Try(None))
+            last = self._tries.setdefault(name, self._new_try(None))
             try:
                 self._sync_policy(name, listing.policies.get(name), last)
             except (_Changed, PreconditionError, AlreadyExistsError, FileNotFoundError) as error:
@@ -593,7 +600,8 @@ class Store:
         ours, same = _read(path), _read(same_path)
         what = (ours, there and there.id)
         if last.what != what:
-            last.what, last.failures, last.at = what, 0, 0.0
+            last.what, last.at = what, 0.0
+            last.backoff.reset()
         elif last.at > self._clock():
             return
         theirs, known = same, there.id if there else ""
@@ -614,7 +622,8 @@ class Store:
             _replace(same_path, ours)
             log.info("%s is now in the store, too: %s", path, _one_line(ours))
         self._known_policies[name] = known
-        last.failures, last.reason = 0, ""
+        last.backoff.reset()
+        last.reason = ""
 
     def _take(self, path: Path, ours: bytes | None, theirs: bytes | None) -> None:
         if ours == theirs:
@@ -682,14 +691,6 @@ def _policy(model: Path) -> Policy:
         return Policy()
 
 
-def _jittered(first_s: float, failures: int, longest_s: float) -> float:
-    """How long to wait after so many failures in a row: twice as long each time, up to the longest, of
-    which a random half is taken off, so that those who failed together do not come back together
-    (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: "equal jitter").
-    """
-    return min(longest_s, first_s * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1)
-
-
 def _kind(error: BaseException, other: str) -> str:
     """What is counted."""
     if isinstance(error, _Refused):
@@ -737,12 +738,7 @@ def _replace(path: Path, data: bytes | None) -> None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(exist_ok=True)
-    bundles.replace_file(path, data)
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    replace_file(path, data)
 
 
 def pull(url: str, folder: Path, newest: int = 1, source: Source | None = None) -> list[Path]:

@@ -28,8 +28,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from convoy_service.artifacts import images
+from convoy_service.artifacts.files import replacing
 from convoy_service.artifacts.images import Pixels
 from convoy_service.artifacts.reader import Probabilities
+from convoy_service.backoff import Backoff
+from convoy_service.duty_cycle import DutyCycle
 from convoy_service.errors import ConvoyError
 from convoy_service.registry.registry import Answered, Observer
 from convoy_service.settings import Settings
@@ -49,8 +52,8 @@ _PART_BYTES, _PART_ROWS = 250_000, 500
 # How often the writer looks whether there is something for it. Being woken for each request would
 # cost the loop's thread more than all else here.
 _LOOK_S = 0.1
-# It works for a tenth of one core at most: after so much work it rests nine times as long.
-_WORK_S, _REST = 0.01, 9.0
+# It works for this share of one core at most, and rests after so much work.
+_WORK_S, _SHARE = 0.01, 0.1
 # Where the folder can't be written to, it is tried again so much later, then after twice as long.
 _RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
 # What a killed process has left is a file that nothing was written to for so long.
@@ -103,7 +106,7 @@ class Feedback:
 
         self.folder = folder
         self._metrics, self._share, self._most_bytes = metrics, share, most_bytes
-        self._rotate_s, self._retry_s, self._store = rotate_s, retry_s, store or _store
+        self._rotate_s, self._store = rotate_s, store or _store
         self._file_bytes = min(_FILE_BYTES, most_bytes // _FILES)
         # Bytes that were noted, and that are done with: each number has one thread that adds to it.
         self._noted_bytes = self._done_bytes = 0
@@ -117,7 +120,7 @@ class Feedback:
         self._waiting: Counter[str] = Counter()
         self._due = time.monotonic() + rotate_s
         self._failing_since: float | None = None
-        self._next_retry_s = retry_s
+        self._backoff = Backoff(retry_s, _LONGEST_RETRY_S)
         self._has_deleted = self._has_erred = False
         log.info(
             "keeps feedback in %s, up to %g MB: of requests a share of %g, and all that is unsure",
@@ -176,15 +179,15 @@ class Feedback:
 
     def _run(self) -> None:
         self._guarded(self._look)
-        rest_s = _LOOK_S
+        rest_s, duty = _LOOK_S, DutyCycle(_SHARE)
         while not self._closing.wait(rest_s):
-            began = time.thread_time()
-            while self._queue and time.thread_time() - began < _WORK_S:
+            duty.begin()
+            while self._queue and duty.worked_s() < _WORK_S:
                 self._guarded(self._take)
             full = self._waiting_bytes >= self._file_bytes and self._failing_since is None
             if full or time.monotonic() >= self._due:
                 self._guarded(self._write)
-            rest_s = max(_LOOK_S, _REST * (time.thread_time() - began))
+            rest_s = max(_LOOK_S, duty.rest_s())
         while self._queue:
             self._guarded(self._take)
         self._guarded(self._write)
@@ -263,7 +266,8 @@ class Feedback:
             return
         if self._failing_since is not None:
             log.info("feedback is kept in %s again", self.folder)
-            self._failing_since, self._next_retry_s = None, self._retry_s
+            self._failing_since = None
+            self._backoff.reset()
         self._due = time.monotonic() + self._rotate_s
 
     def _failed(self, error: OSError) -> None:
@@ -275,8 +279,7 @@ class Feedback:
                 "answered all the same, and it is tried again",
                 self.folder, error.strerror or error,
             )  # fmt: skip
-        self._due = time.monotonic() + self._next_retry_s
-        self._next_retry_s = min(2 * self._next_retry_s, _LONGEST_RETRY_S)
+        self._due = time.monotonic() + self._backoff.next_s()
 
     def _forget(self) -> None:
         self._done_bytes += self._waiting_bytes
@@ -407,19 +410,9 @@ def _png(pixels: Pixels) -> bytes:
 
 def _store(path: Path, data: Any, *, durable: bool = True) -> None:
     """Writes the file at `path`, for its owner alone: whole, or not at all. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(descriptor)
-        temporary.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    temporary = f".{path.name}.tmp"  # see _TEMPORARY
+    with replacing(path, mode=0o600, temporary=temporary, durable=durable) as file:
+        file.write(data)
 
 
 # What people do with it.

@@ -27,6 +27,7 @@ from convoy_service.engine.isolated_verifier import Proof
 from convoy_service.engine.onnx_model import Model
 from convoy_service.engine.session import Card
 from convoy_service.errors import (
+    BACK_OFF,
     BrokenVersion,
     Cancelled,
     ConvoyError,
@@ -41,7 +42,7 @@ from convoy_service.ipc.engine_client import RemoteBatcher
 from convoy_service.registry.shadow_runner import Trials, Version
 from convoy_service.rollout.canary import Canary, Decision, position
 from convoy_service.settings import Settings
-from convoy_service.tasks import Done, Wait, elsewhere
+from convoy_service.tasks import Done, Wait, elsewhere, ignore
 from convoy_service.telemetry.counters import Metrics
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Served:
             self._metrics.images(self.name, "refused", images)
             raise Overloaded(
                 f"this would take about {wait_s:.2g} s, the deadline leaves {left_s:.2g} s: "
-                "back off, then retry",
+                f"{BACK_OFF}",
                 wait_s - left_s,
             )
 
@@ -553,9 +554,9 @@ class Repository:
         self._models: dict[str, _Model] = {}
         self._states: dict[str, ModelState] = {}
         self._changing = threading.Lock()
-        self._start: Callable[[Served], None] = _ignore
-        self._stop: Callable[[Served], None] = _ignore
-        self._changed: Callable[[], None] = _ignore
+        self._start: Callable[[Served], None] = ignore
+        self._stop: Callable[[Served], None] = ignore
+        self._changed: Callable[[], None] = ignore
 
     def attach(
         self,
@@ -809,10 +810,6 @@ class Repository:
 def _loaded(served: Served, digest: str) -> Loaded:
     served.bundle.check(digest)
     return Loaded(served.device, served.variant, served.fallback, served.bundle.digest)
-
-
-def _ignore(_: object = None) -> None:
-    """For those who do not want to know."""
 
 
 def _trim() -> None:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from convoy_service.artifacts import reader as bundles
 from convoy_service.artifacts.images import Pixels
 from convoy_service.artifacts.reader import Bundle, Probabilities
+from convoy_service.duty_cycle import DutyCycle
 from convoy_service.engine.batcher import Batch
 from convoy_service.engine.onnx_model import Model
 from convoy_service.engine.session import Card, Device
@@ -121,16 +122,16 @@ class Trial:
             pair.free()
 
     def _compare_all(self, pair: Pair) -> None:
-        rest = 1 / self._canary.compare - 1
+        duty = DutyCycle(self._canary.compare, pair.clock)
         same = same_classes(pair.stable.labels, pair.candidate.labels)
         while not self._closing.is_set():
             self.wanted = True
             rows = self._batches.get()
             if rows is None:
                 return
-            began = pair.clock()
+            duty.begin()
             self._record(*self._compared(pair, rows, same))
-            self._closing.wait(rest * (pair.clock() - began))
+            self._closing.wait(duty.rest_s())
 
     def _compared(
         self, pair: Pair, rows: Pixels, same: npt.NDArray[np.intp]

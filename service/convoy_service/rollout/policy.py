@@ -10,10 +10,8 @@ of it. Whoever serves the folder (a server, or several that share it) does what 
     share = 0.1
 """
 
-import fcntl
 import os
 import re
-import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.files import hold_lock, replace_file
 from convoy_service.errors import ConvoyError, NotPossible
 from convoy_service.rollout.canary import Canary
 
@@ -146,15 +145,8 @@ def alone(models: Path) -> Iterator[None]:
     except OSError as error:
         raise ConvoyError(f"{models}: {error.strerror}") from error
     try:
-        until = time.monotonic() + _WAIT_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise NotPossible(f"{models} is locked by another process: try again") from None
-                time.sleep(0.01)
+        if not hold_lock(descriptor, _WAIT_S):
+            raise NotPossible(f"{models} is locked by another process: try again")
         yield
     finally:
         os.close(descriptor)
@@ -163,7 +155,7 @@ def alone(models: Path) -> Iterator[None]:
 def _write(file: Path, policy: Policy) -> None:
     try:
         # Whoever serves the folder reads it.
-        bundles.replace_file(file, _toml(policy).encode(), 0o644)
+        replace_file(file, _toml(policy).encode(), 0o644)
     except OSError as error:
         raise ConvoyError(f"{file} can't be written: {error.strerror or error}") from error
 

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from convoy_service.api import shared_memory
 from convoy_service.api.shared_memory import SharedMemory
 from convoy_service.artifacts.reader import Bundle
+from convoy_service.backoff import Backoff
 from convoy_service.crashes import CrashReport, ending
 from convoy_service.engine import gpu
 from convoy_service.engine import isolated_verifier as aside
@@ -63,7 +64,7 @@ log = logging.getLogger("convoy.workers")
 
 # A worker that lived this long had begun well: the next one is started at once. Others wait, each
 # time twice as long, up to the longest.
-_SETTLED_S, _RETRY_S, _LONGEST_RETRY_S = 30.0, 0.1, 10.0
+_SETTLED_S, _RETRY_S, _LONGEST_RETRY_S = 30.0, 0.2, 10.0
 # The longest for one that can't load what others have.
 _LACKING_S = 60.0
 
@@ -434,7 +435,7 @@ class _Member:
         self.past: Snapshot = {}
         self.started = 0.0
         self.start_at = 0.0
-        self.retry_s = _RETRY_S
+        self.backoff = Backoff(_RETRY_S)
         self.lacks = False  # something that others have
 
     @property
@@ -969,9 +970,9 @@ class Supervisor:
         delay_s = 0.0
         longest_s = _LACKING_S if member.lacks else _LONGEST_RETRY_S
         if member.started < now - _SETTLED_S and not member.lacks:
-            member.retry_s = _RETRY_S
+            member.backoff.reset()
         else:
-            delay_s = member.retry_s = min(2 * member.retry_s, longest_s)
+            delay_s = member.backoff.next_s(longest_s)
         member.lacks = False
         member.start_at = now + delay_s
         log.error("%s %s: the next one starts in %.1f s", member.orders.name, reason, delay_s)

@@ -40,6 +40,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from convoy_service.duty_cycle import DutyCycle
 from convoy_service.engine.batcher import Answer, Outputs
 from convoy_service.telemetry.counters import Metrics
 
@@ -47,9 +48,9 @@ log = logging.getLogger("convoy.tracing")
 
 # So many requests may wait for the thread; each takes about a kilobyte.
 _MOST_WAITING = 2000
-# It takes so many at a time, and looks for them so often; after so much work it rests nine times as
-# long. Parts are small since making them keeps the interpreter's lock from others.
-_PART, _LOOK_S, _REST = 16, 1.0, 9.0
+# It takes so many at a time, looks for them so often, and works for this share of one core at most.
+# Parts are small since making them keeps the interpreter's lock from others.
+_PART, _LOOK_S, _SHARE = 16, 1.0, 0.1
 # A batch is told of when no request of it has come up for so long.
 _SETTLED_S = 1.0
 
@@ -226,11 +227,11 @@ class Tracing:
 
     def _run(self) -> None:
         with self._reason:
-            rest_s = _LOOK_S
+            rest_s, duty = _LOOK_S, DutyCycle(_SHARE)
             while not self._closing.wait(rest_s):
-                began = time.thread_time()
+                duty.begin()
                 self._send(_PART)
-                rest_s = _REST * (time.thread_time() - began) if self._waiting else _LOOK_S
+                rest_s = duty.rest_s() if self._waiting else _LOOK_S
             # Where nobody takes them, each attempt may last ten seconds.
             while self._waiting and not self._failing:
                 self._send(_PART)

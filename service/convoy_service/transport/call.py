@@ -4,11 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from convoy_service.tasks import ignore
+
 Trailers = Sequence[tuple[str, str]]
-
-
-def ignore(_: object = None) -> None:
-    """A callback of those who do not want to know."""
 
 
 class Http(NamedTuple):

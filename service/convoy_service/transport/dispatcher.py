@@ -15,10 +15,10 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from convoy_service import errors
-from convoy_service.tasks import Task, Wait
+from convoy_service.tasks import Task, Wait, ignore
 from convoy_service.telemetry.counters import Metrics, Requests
 from convoy_service.transport import protobuf_scan as wire
-from convoy_service.transport.call import Exchange, ignore
+from convoy_service.transport.call import Exchange
 from convoy_service.transport.loop import Loop
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InferenceFailed: Code.INTERNAL,
 }
 _INTERNAL = "internal error: please report it; the server's log says more"
-_DRAINING = "this server is shutting down: retry, another may answer"
 
 # The metadata by which callers say which requests belong together.
 KEY = "x-convoy-key"
@@ -287,15 +286,15 @@ class Front:
     def refusal(self, deadline: float | None) -> errors.ConvoyError | None:
         """Why no more work is taken on; None where it is."""
         if self.draining:
-            return errors.NotReady(_DRAINING)
+            return errors.NotReady(errors.SHUTTING_DOWN)
         if self._in_flight >= self._max_in_flight:
             self._end_unread()
             return errors.Overloaded(
-                f"{self._max_in_flight} requests are in flight here: back off, then retry"
+                f"{self._max_in_flight} requests are in flight here: {errors.BACK_OFF}"
             )
         if deadline is not None and deadline <= time.monotonic():
             return errors.Overloaded(
-                "by when this call was read, the time that it allowed was over: back off, then retry"
+                f"by when this call was read, the time that it allowed was over: {errors.BACK_OFF}"
             )
         if self._held >= self._max_held:
             return self._full()
@@ -308,7 +307,7 @@ class Front:
 
     def _full(self) -> errors.Overloaded:
         return errors.Overloaded(
-            f"{self._held / 1e6:.0f} MB of requests are worked on: back off, then retry"
+            f"{self._held / 1e6:.0f} MB of requests are worked on: {errors.BACK_OFF}"
         )
 
     def _end_unread(self) -> None:
@@ -524,7 +523,7 @@ class _Stream:
         if self._over:
             self._exchange.end(0)
         else:
-            self._exchange.end(Code.UNAVAILABLE.value[0], _DRAINING)
+            self._exchange.end(Code.UNAVAILABLE.value[0], errors.SHUTTING_DOWN)
 
     def _read(self) -> None:
         full = self._owed >= _STREAM_WINDOW or self._owed_bytes >= _STREAM_WINDOW_BYTES
@@ -697,7 +696,7 @@ class _Watch:
             self._exchange.write(self._answers.popleft(), bool(self._answers), self._written)
         elif self._over:
             self._ended = True
-            self._exchange.end(Code.UNAVAILABLE.value[0], _DRAINING)
+            self._exchange.end(Code.UNAVAILABLE.value[0], errors.SHUTTING_DOWN)
 
     def _written(self) -> None:
         self._writing = False

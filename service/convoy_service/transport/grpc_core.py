@@ -17,7 +17,8 @@ from typing import Any
 
 import grpc
 
-from convoy_service.transport.call import Exchange, Trailers, ignore
+from convoy_service.tasks import ignore
+from convoy_service.transport.call import Exchange, Trailers
 from convoy_service.transport.doorbell import Doorbell
 from convoy_service.transport.loop import CLOSE_S, NAP_S, NEVER_S, Loop, Options
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import grpc
 
-from convoy_service.transport.call import Exchange, Trailers, ignore
+from convoy_service.tasks import ignore
+from convoy_service.transport.call import Exchange, Trailers
 from convoy_service.transport.loop import CLOSE_S, NAP_S, NEVER_S, Loop, Options
 
 # The server's threads: each call that is worked on holds one, and one while it is read.

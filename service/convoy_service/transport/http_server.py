@@ -31,7 +31,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from convoy_service import errors
 from convoy_service.settings import Settings
-from convoy_service.transport.call import Exchange, Http, Trailers, ignore
+from convoy_service.tasks import ignore
+from convoy_service.transport.call import Exchange, Http, Trailers
 from convoy_service.transport.dispatcher import status_of, trailers_of
 from convoy_service.transport.loop import Loop
 
@@ -83,7 +84,7 @@ _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
 _STOPPED = (
     Code.UNAVAILABLE.value[0],
-    "this server is shutting down: retry, another may answer",
+    errors.SHUTTING_DOWN,
     (),
 )
 _LATE = (Code.DEADLINE_EXCEEDED.value[0], "the time that the request allowed is over", ())
@@ -528,7 +529,7 @@ class Web:
         """Counts what a request has brought so far. Raises Overloaded where that is too much."""
         if self._held + size > self._max_held and self._held > request.held:
             raise errors.Overloaded(
-                f"{self._held / 1e6:.0f} MB of requests are being received: back off, then retry"
+                f"{self._held / 1e6:.0f} MB of requests are being received: {errors.BACK_OFF}"
             )
         self._held += size
         request.held += size

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
-from convoy_service.transport.call import Exchange, ignore
+from convoy_service.tasks import ignore
+from convoy_service.transport.call import Exchange
 
 log = logging.getLogger("convoy.transport")
 

@@ -8,11 +8,12 @@ code that decoded it.
 import contextlib
 import errno
 import hashlib
+import io
 import logging
 import os
 import shutil
-import tempfile
 import time
+import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import PIL
 from PIL import features
 
 from convoy_service.artifacts import images
+from convoy_service.artifacts.files import replacing
 from convoy_service.artifacts.images import Pixels, Target
 
 log = logging.getLogger("convoy.data")
@@ -88,18 +90,21 @@ class Cache:
         size = len(chosen) * (KEY + DIGEST + int(np.prod(self._shape)))
         if not 0 < size <= MOST_BYTES:
             return
-        temporary = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self._folder).free < 2 * size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with tempfile.NamedTemporaryFile(
-                dir=self._folder, prefix=f"{self._own}.", delete=False
+            # What a killed run leaves is found by its name, see `_by_use`. An entry that is lost costs
+            # time only, so nothing waits for the disk.
+            temporary = f"{self._own}.{uuid.uuid4().hex}"
+            with replacing(
+                self._folder / self._own, mode=0o600, temporary=temporary, durable=False
             ) as file:
-                temporary = Path(file.name)
                 crc = 0
                 for rows in (self._keys[chosen], digests[chosen]):
-                    np.save(file, rows)
+                    # Not right into the file: numpy's error of a full disk does not say so.
+                    np.save(buffer := io.BytesIO(), rows)
+                    file.write(buffer.getbuffer())
                     crc = zlib.crc32(rows.data, crc)
                 shape = (len(chosen), *self._shape)
                 np.lib.format.write_array_header_1_0(
@@ -111,13 +116,9 @@ class Cache:
                     file.write(part.data)
                     crc = zlib.crc32(part.data, crc)
                 file.write(crc.to_bytes(4, "little"))
-            temporary.replace(self._folder / self._own)
             _prune(self._folder)
         except OSError as error:
             log.warning("images can't be kept in %s for the next run: %s", self._folder, error)
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
 
     def _empty(self, count: int) -> tuple[Pixels, Digests, Mask]:
         digests = np.zeros((count, DIGEST), np.uint8)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from convoy_service.artifacts.files import replacing
 from convoy_service.errors import ConvoyError
 from convoy_training.data.datasets import Dataset
 from convoy_training.settings import Role, TrainingSettings, with_role
@@ -95,16 +96,10 @@ class Checkpoint:
 
     def _write(self, state: dict[str, Any], named: dict[str, npt.NDArray[Any]]) -> None:
         # Each run its own: of two that are the same, either's checkpoint does for both.
-        temporary = self._folder / f".{os.getpid()}.{_FILE}"
+        temporary = f".{os.getpid()}.{_FILE}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, state=np.array(json.dumps(state)), **named)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._folder / _FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self._folder / _FILE, temporary=temporary) as file:
+            np.savez(file, allow_pickle=False, state=np.array(json.dumps(state)), **named)
 
     def load(
         self,

@@ -4,7 +4,6 @@ at a time, nothing done twice, exit codes that say what happened.
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from convoy_service.artifacts import reader as bundles
+from convoy_service.artifacts.files import hold_lock, replace_file
 from convoy_service.artifacts.reader import Bundle
 from convoy_service.errors import ConvoyError
 from convoy_training.data.datasets import Dataset, model_name
@@ -303,9 +303,7 @@ class _Job:
         # What was tried against versions that serve no more can't be tried again.
         kept = [tried for tried in _memory(folder) if tried.get("serving") == serving]
         try:
-            bundles.replace_file(
-                folder / MEMORY, json.dumps([*kept, entry], indent=2).encode() + b"\n"
-            )
+            replace_file(folder / MEMORY, json.dumps([*kept, entry], indent=2).encode() + b"\n")
         except OSError as error:
             log.warning("%s: %s; the same data will be tried again", folder / MEMORY, error)
 
@@ -329,7 +327,7 @@ class _Job:
             _written(
                 "--summary",
                 settings.summary,
-                lambda path: bundles.replace_file(path, text.encode()),
+                lambda path: replace_file(path, text.encode()),
             )
         if settings.textfile:
             versions = bundles.versions(settings.models / outcome.model)
@@ -386,14 +384,14 @@ def _only_one(folder: Path) -> Iterator[None]:
         raise ConvoyError(f"{path} can't be made: {error.strerror}") from error
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            alone = hold_lock(file, 0)
+        except OSError as error:
+            raise ConvoyError(f"{path} can't be locked: {error.strerror}") from error
+        if not alone:
             raise ConvoyError(
                 f"{folder} is being retrained already, by {os.read(file, 500).decode(errors='replace')}: "
                 "wait for its end"
-            ) from None
-        except OSError as error:
-            raise ConvoyError(f"{path} can't be locked: {error.strerror}") from error
+            )
         holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}".encode()
         os.pwrite(file, holder, 0)
         os.ftruncate(file, len(holder))

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from convoy_service.backoff import Backoff
 from convoy_service.errors import ConvoyError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class MLflow:
         self._metrics: list[tuple[str, float, int, int]] = []
         self._files: list[Path] = []
         self._status: Literal["FINISHED", "FAILED", "KILLED"] | None = None
-        self._again, self._wait = 0.0, _AGAIN_S
+        self._again, self._backoff = 0.0, Backoff(_AGAIN_S)
         self._send()
 
     def on_epoch(self, epoch: "Epoch") -> None:
@@ -133,7 +134,7 @@ class MLflow:
                 self._send_all()
         # Whatever is wrong with the server, the network, or the libraries in between.
         except Exception as error:
-            self._again, self._wait = self._clock() + self._wait, 2 * self._wait
+            self._again = self._clock() + self._backoff.next_s()
             log.warning(
                 "MLflow at %s: %s; %s",
                 self._shown,
