@@ -78,7 +78,7 @@ def train(settings: TrainingSettings, console: Console, run: Run = runs.run) -> 
 
 
 def is_chief(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one of several machines that publishes, as `convoy_training.fitting.loop` will find,
+    """Whether this process is the one of several machines that publishes, as `fitting.devices` will find,
     told before TensorFlow is loaded. Raises ConvoyError.
     """
     text = environment.get("TF_CONFIG")

@@ -76,10 +76,10 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
     hooks.on_data(data)
     with console.status("loading TensorFlow"), _quiet_stderr():
         from convoy_training.export import to_onnx as export
-        from convoy_training.fitting import loop as fit
+        from convoy_training.fitting import devices
         from convoy_training.fitting import networks as network
 
-    strategy = fit.prepare(settings.seed)
+    strategy = devices.prepare(settings.seed)
     start = _start(settings, data.name) if settings.warm_start else None
     fitted = _fit(data, settings, strategy, start, console, hooks)
     if not fitted.chief:
