@@ -26,7 +26,7 @@ from convoy.cli.app import app
 from convoy_service.rollout import policy
 from convoy_service.settings import Settings
 from convoy_service.telemetry import counters as metrics
-from convoy_training.pipeline.job import EXIT
+from convoy_training.pipeline.outcome import EXIT
 from convoy_training.settings import TrainingSettings
 from tests.conftest import REPOSITORY, TIMEOUT_S, Server, environment
 from tests.deploy.conftest import DEPLOY, found

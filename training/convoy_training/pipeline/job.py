@@ -13,13 +13,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from convoy_service.artifacts import reader as bundles
@@ -28,6 +25,7 @@ from convoy_service.artifacts.reader import Bundle
 from convoy_service.errors import ConvoyError
 from convoy_training.data.datasets import Dataset, model_name
 from convoy_training.pipeline import run as runs
+from convoy_training.pipeline.outcome import EXIT, Outcome, Status, write_metrics
 from convoy_training.pipeline.run import Hooks
 from convoy_training.pipeline.trackers import MLflow, TensorBoard
 from convoy_training.release import publish
@@ -38,9 +36,6 @@ if TYPE_CHECKING:
     from convoy_training.fitting.loop import Epoch
 
 log = logging.getLogger("convoy.job")
-
-Status = Literal["published", "not-better", "nothing-new", "failed"]
-EXIT: Mapping[Status, int] = {"published": 0, "not-better": 3, "nothing-new": 4, "failed": 1}
 
 Run = Callable[[TrainingSettings, Console, Hooks], Bundle | None]
 
@@ -78,7 +73,7 @@ def train(settings: TrainingSettings, console: Console, run: Run = runs.run) -> 
 
 
 def is_chief(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one of several machines that publishes, as `convoy_training.fitting.loop` will find,
+    """Whether this process is the one of several machines that publishes, as `fitting.devices` will find,
     told before TensorFlow is loaded. Raises ConvoyError.
     """
     text = environment.get("TF_CONFIG")
@@ -93,35 +88,10 @@ def is_chief(environment: Mapping[str, str] = os.environ) -> bool:
     return kind in {None, "chief"} or (kind == "worker" and index == 0 and "chief" not in cluster)
 
 
-@dataclass
-class _Outcome:
-    """What is known of a run; the fields are those of the summary."""
-
-    status: Status = "failed"
-    exit_code: int = EXIT["failed"]
-    error: str | None = None
-    model: str = ""
-    # Of the version that was published.
-    version: int | None = None
-    folder: str | None = None
-    sha256: str | None = None
-    # Of what was trained, on the test images.
-    accuracy: dict[str, Any] | None = None
-    # What it was held against, and McNemar's test of the two.
-    serving: dict[str, Any] | None = None
-    compared: dict[str, Any] | None = None
-    gate: list[dict[str, Any]] = field(default_factory=list)
-    # Images and sha256 of each split.
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    started: str = ""
-    ended: str = ""
-    seconds: float = 0.0
-
-
 class _Job:
     def __init__(self, settings: TrainingSettings, console: Console) -> None:
         self.settings, self.console = settings, console
-        self.outcome = _Outcome(model=settings.name or settings.data, started=_now())
+        self.outcome = Outcome(model=settings.name or settings.data, started=_now())
         self._began = time.monotonic()
         # Nobody else writes files until it is known.
         self._chief = False
@@ -323,7 +293,7 @@ class _Job:
         if not self._chief:
             return
         if settings.summary:
-            text = json.dumps(asdict(outcome), indent=2, default=_plain) + "\n"
+            text = outcome.as_json()
             _written(
                 "--summary",
                 settings.summary,
@@ -333,7 +303,7 @@ class _Job:
             versions = bundles.versions(settings.models / outcome.model)
             version = max(versions, default=None)
             _written(
-                "--textfile", settings.textfile, lambda path: _write_metrics(path, outcome, version)
+                "--textfile", settings.textfile, lambda path: write_metrics(path, outcome, version)
             )
 
     def _last_words(
@@ -452,13 +422,6 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of numpy, for JSON."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{value!r} is no JSON")
-
-
 def _written(setting: str, path: Path, write: Callable[[Path], None]) -> None:
     """A record that can't be written is no reason to lose what it would have said."""
     try:
@@ -466,50 +429,3 @@ def _written(setting: str, path: Path, write: Callable[[Path], None]) -> None:
         write(path)
     except OSError as error:
         log.warning("%s %s: %s; it was not written", setting, path, error.strerror or error)
-
-
-def _write_metrics(path: Path, outcome: _Outcome, version: int | None) -> None:
-    """What Prometheus' node exporter shows of the last run. Raises OSError."""
-    registry = CollectorRegistry()
-
-    def gauge(name: str, what: str, *labels: str) -> Gauge:
-        return Gauge(f"convoy_train_{name}", what, ["model", *labels], registry=registry)
-
-    now, model = time.time(), outcome.model
-    gauge("last_run_timestamp_seconds", "When the last run ended.").labels(model).set(now)
-    success = now if outcome.status != "failed" else _last_success(path, model)
-    if success is not None:
-        gauge(
-            "last_success_timestamp_seconds",
-            "When the last run ended that did not fail, whether it published or had no reason to.",
-        ).labels(model).set(success)
-    status = gauge("last_run_status", "1 for how the last run ended.", "status")
-    for each in EXIT:
-        status.labels(model, each).set(each == outcome.status)
-    gauge("last_run_duration_seconds", "How long the last run took.").labels(model).set(
-        outcome.seconds
-    )
-    if outcome.accuracy:
-        gauge(
-            "accuracy_ratio", "Share of test images that what the last run trained has right."
-        ).labels(model).set(outcome.accuracy["value"])
-    if version is not None:
-        gauge("published_version", "The newest version of the model.").labels(model).set(version)
-    images = gauge("images", "Images that the last run found.", "split")
-    for name, split in outcome.data.items():
-        images.labels(model, name).set(split["count"])
-    write_to_textfile(str(path), registry)
-
-
-def _last_success(path: Path, model: str) -> float | None:
-    """What the file says, which is of the run before."""
-    try:
-        for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
-            for sample in family.samples:
-                wanted = ("convoy_train_last_success_timestamp_seconds", model)
-                if (sample.name, sample.labels.get("model")) == wanted:
-                    return float(sample.value)
-    # Whatever stands there, it is written anew.
-    except (OSError, ValueError):
-        pass
-    return None

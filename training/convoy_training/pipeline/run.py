@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib
 import os
 import platform
 import sys
@@ -67,19 +68,15 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
     Raises DataError, TrainingFailed, GateClosed, or ConvoyError where the disk refuses.
     """
     began, started = datetime.datetime.now(datetime.UTC), time.monotonic()
-    with _progress(console) as progress:
-        data = datasets.load(settings, _tracker(progress))
-    console.print(_describe(data))
-    noted = check.summary(data)
-    for finding in noted:
-        console.print(f"[yellow]{finding.severity}[/]: {escape(finding.text)}", highlight=False)
+    data, noted = _load(settings, console)
     hooks.on_data(data)
     with console.status("loading TensorFlow"), _quiet_stderr():
-        from convoy_training.export import to_onnx as export
-        from convoy_training.fitting import loop as fit
-        from convoy_training.fitting import networks as network
+        for module in ("convoy_training.export.to_onnx", "convoy_training.fitting.loop"):
+            importlib.import_module(module)
+    from convoy_training.fitting import devices
+    from convoy_training.fitting import networks as network
 
-    strategy = fit.prepare(settings.seed)
+    strategy = devices.prepare(settings.seed)
     start = _start(settings, data.name) if settings.warm_start else None
     fitted = _fit(data, settings, strategy, start, console, hooks)
     if not fitted.chief:
@@ -87,13 +84,7 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
         return None
 
     with console.status("exporting to ONNX"):
-        if settings.storage == "int8":
-            export.round_weights(fitted.network)
-        logits = export.logits_function(fitted.network, mirror=settings.mirror)
-        scaling = fit_scaling(answers(logits, data.validation.inputs), data.validation.labels)
-        serve = export.serving_function(fitted.network, scaling, mirror=settings.mirror)
-        graphs, shared = _graphs(export.to_onnx(serve), data, settings, console)
-    candidate = Candidate(graphs, data.classes, export.predict(serve), scaling, shared)
+        candidate = _export(fitted.network, data, settings, console)
     with console.status("proving the export"):
         findings = publish.examine(candidate, data, settings)
     folder = settings.models / data.name
@@ -118,17 +109,8 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
             created=began.isoformat(timespec="seconds"),
             training=_story(data, settings, fitted, network.flops(fitted.network)),
         )
-        page = _page(
-            candidate,
-            described,
-            findings,
-            verdict,
-            data,
-            fitted,
-            noted,
-            folder,
-            time.monotonic() - started,
-        )
+        seconds = time.monotonic() - started
+        page = _page(candidate, described, findings, verdict, data, fitted, noted, folder, seconds)
         weights = fitted.network.get_weights() if settings.keep_weights else []
         bundle = publish.publish(
             folder, candidate, findings, verdict, described, data.test, page, weights
@@ -139,6 +121,17 @@ def run(settings: TrainingSettings, console: Console, hooks: Hooks = Hooks()) ->
         markup=False,
     )
     return bundle
+
+
+def _load(settings: TrainingSettings, console: Console) -> tuple[Dataset, list[check.Finding]]:
+    """The images, and what a look through them finds."""
+    with _progress(console) as progress:
+        data = datasets.load(settings, _tracker(progress))
+    console.print(_describe(data))
+    noted = check.summary(data)
+    for finding in noted:
+        console.print(f"[yellow]{finding.severity}[/]: {escape(finding.text)}", highlight=False)
+    return data, noted
 
 
 def _fit(
@@ -199,6 +192,19 @@ def _start(settings: TrainingSettings, name: str) -> list[Any] | None:
             "--no-keep-weights; start from chance with --no-warm-start"
         )
     return weights
+
+
+def _export(network: Any, data: Dataset, settings: TrainingSettings, console: Console) -> Candidate:
+    """Fits the calibration to the validation images, and converts the network to ONNX."""
+    from convoy_training.export import to_onnx as export
+
+    if settings.storage == "int8":
+        export.round_weights(network)
+    logits = export.logits_function(network, mirror=settings.mirror)
+    scaling = fit_scaling(answers(logits, data.validation.inputs), data.validation.labels)
+    serve = export.serving_function(network, scaling, mirror=settings.mirror)
+    graphs, shared = _graphs(export.to_onnx(serve), data, settings, console)
+    return Candidate(graphs, data.classes, export.predict(serve), scaling, shared)
 
 
 def _graphs(
