@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpc
 
-from convoy_service.transport import grpc_server as transport
 from convoy_service.tasks import ignore
+from convoy_service.transport import grpc_server as transport
 from convoy_service.transport.call import Exchange, Trailers
 from convoy_service.transport.loop import Loop, Options
 
