@@ -62,6 +62,7 @@ check: install ## Check format, lint, types, import rules, protocols, generated 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/sizes.py
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && \
 		$(PROTOC) --python_out="$$new" --pyi_out="$$new" --grpc_python_out="$$new" && \
 		for file in "$$new"/convoy_protos/*; do cmp "$$file" "protos/convoy_protos/$${file##*/}" || \
