@@ -40,6 +40,12 @@ from benchmarks.storming.server import NotStarted, Server
 # No run has so many.
 _ENDLESS = 10**12
 
+# So long before a drain no process is killed: one that dies meanwhile makes that no clean stop.
+_APART_S = 5.0
+
+DOORS = ("Classify", "ModelInfer", "ClassifyStream", "HTTP infer", "HTTP get", "health")
+STEPS = ("switch", "load", "unload")
+
 
 class Task(NamedTuple):
     """What one client process is to do."""
@@ -47,24 +53,23 @@ class Task(NamedTuple):
     target: str
     http: str
     requests: int
-    ends: float
     seed: int
-    kills: bool
     http_callers: int
     few: bool  # see `HttpCallers`
 
 
 def client(pipe: Connection, task: Task, outages: Outages) -> None:
     """One client process; tells its counts twice a second and at the end."""
-    tally = Tally(task.requests, task.ends, outages)
+    tally = Tally(task.requests, outages)
     callers = [
-        GrpcCallers(task.target, tally, task.seed, task.kills),
-        HttpCallers(task.http, tally, task.seed, task.kills, task.http_callers, task.few),
+        GrpcCallers(task.target, tally, task.seed),
+        HttpCallers(task.http, tally, task.seed, task.http_callers, task.few),
     ]
     threading.excepthook = lambda bug: tally.examples.append(f"bug of the storm: {bug.exc_value!r}")
     working = [threading.Thread(target=each.run, daemon=True) for each in callers]
     for thread in working:
         thread.start()
+    pipe.send(_said(tally))  # it has begun
     while any(thread.is_alive() for thread in working):
         time.sleep(0.5)
         pipe.send(_said(tally))
@@ -87,7 +92,6 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
     server = Server(
         folder / "models", log, arguments.acceptors, arguments.engines, arguments.front, outages
     )
-    ends = began + arguments.seconds if arguments.seconds else float("inf")
     share = _ENDLESS if arguments.seconds else arguments.requests // arguments.processes
     processes, pipes = [], {}
     for n in range(arguments.processes):
@@ -96,9 +100,7 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
             server.target,
             server.http,
             share,
-            ends,
             arguments.seed + n,
-            kills,
             arguments.http_callers // arguments.processes,
             few=n == 0,
         )
@@ -108,17 +110,12 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
         processes.append(process)
         pipes[ours] = n
     outages.started()  # the clients, too, have taken a while to begin
-    operator = Operator(
-        server, folder / "models", outages, kills, every_s=arguments.operate_every_s
-    )
+    operator = Operator(server, folder / "models", outages, every_s=arguments.operate_every_s)
     told: dict[int, Any] = {}
     killed: Counter[str] = Counter()
     wrong, running, drains = [], dict(pipes), 0
-    kill_at, drain_at, shown = (
-        began + arguments.kill_every_s,
-        began + arguments.drain_every_s,
-        began,
-    )
+    kill_at = drain_at = shown = began
+    all_began = False
     while running:
         for pipe in wait(list(running), 0.5):
             assert isinstance(pipe, Connection)
@@ -132,14 +129,21 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
             else:
                 told[pipes[pipe]] = said
         now = time.monotonic()
+        if not all_began and len(told) == len(processes):
+            all_began, began = True, now
+            kill_at, drain_at = now + arguments.kill_every_s, now + arguments.drain_every_s
+            if arguments.seconds:
+                outages.end_at(now + arguments.seconds)
         if server.process.poll() is not None:
             wrong.append(f"the server died with status {server.process.returncode}")
             break
-        if kills and now >= kill_at:
+        # What is killed while the server stops makes its exit status 1.
+        to_drain = arguments.drain_every_s and now >= drain_at - _APART_S
+        if all_began and kills and now >= kill_at and not to_drain:
             role = next(roles)
             killed[role] += server.kill(role)
             kill_at = now + arguments.kill_every_s
-        if arguments.drain_every_s and now >= drain_at:
+        if all_began and arguments.drain_every_s and now >= drain_at:
             try:
                 wrong += server.restart()
             except NotStarted as error:
@@ -147,6 +151,7 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
                 break
             drains += 1
             drain_at = time.monotonic() + arguments.drain_every_s
+            kill_at = time.monotonic() + arguments.kill_every_s
         if now >= shown + 10:
             shown = now
             done = sum(sum(_requests(each[0]).values()) for each in told.values())
@@ -170,6 +175,11 @@ def storm(arguments: argparse.Namespace, folder: Path) -> int:
     for what in ("lost", "unexplained"):
         if count := sum(value for (_, outcome), value in counts.items() if outcome == what):
             wrong.append(f"{count} requests: {what}")
+    for door in DOORS:
+        if not counts[door, "answered"]:
+            wrong.append(f"{door}: no request was answered")
+    if not (operator.done["scrape"] and sum(operator.done[step] for step in STEPS)):
+        wrong.append("the operator did nothing")
     print(
         f"acceptors {arguments.acceptors}, engines {arguments.engines}, front {arguments.front}: "
         f"{ended} requests, {rows['all']} rows, in {took_s:.0f} s"
@@ -189,7 +199,7 @@ def _requests(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
 
 
 def _table(counts: Counter[tuple[str, str]]) -> Iterator[str]:
-    kinds = ("Classify", "ModelInfer", "ClassifyStream", "HTTP infer", "HTTP get", "health")
+    kinds = DOORS
     outcomes = [
         "answered", "in part", "failed", "invalid", "cancelled", "late", "refused", "absent",
         "unavailable", "lost", "unexplained",

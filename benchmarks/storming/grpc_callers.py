@@ -37,9 +37,9 @@ WINDOW, STREAMS, STREAM_WINDOW, CHANNELS = 64, 2, 32, 4
 class Tally:
     """What one client process has asked, and what became of it. Its threads share it."""
 
-    def __init__(self, requests: int, ends: float, outages: Outages) -> None:
-        """Asks at most so many requests, and none after `ends` on `time.monotonic`'s clock."""
-        self._requests, self._ends, self.outages = requests, ends, outages
+    def __init__(self, requests: int, outages: Outages) -> None:
+        """At most so many `requests` are begun, and none when `outages.over()`."""
+        self._requests, self.outages = requests, outages
         self._lock = threading.Lock()
         self.started = 0
         # (door, outcome) -> requests; rows; and the first examples of what is wrong.
@@ -50,7 +50,7 @@ class Tally:
     def next_one(self) -> bool:
         """Whether there is to be one more."""
         with self._lock:
-            if self.started >= self._requests or time.monotonic() >= self._ends:
+            if self.started >= self._requests or self.outages.over():
                 return False
             self.started += 1
             return True
@@ -91,13 +91,13 @@ OPTIONS = [
 class GrpcCallers:
     """Of one client process: calls in flight, streams, and health checks beside them."""
 
-    def __init__(self, target: str, tally: Tally, seed: int, kills: bool) -> None:
-        self._storm, self._tally = Storm(seed, kills), tally
+    def __init__(self, target: str, tally: Tally, seed: int) -> None:
+        self._storm, self._tally = Storm(seed), tally
         self._channels = [grpc.insecure_channel(target, OPTIONS) for _ in range(CHANNELS)]
-        self._seed, self._kills = seed, kills
+        self._seed = seed
 
     def run(self) -> None:
-        streams = [_Stream(self._tally, channel, self._seed * 100 + n, self._kills)
+        streams = [_Stream(self._tally, channel, self._seed * 100 + n)
                    for n, channel in enumerate(self._channels[:STREAMS])]  # fmt: skip
         health = _Health(self._tally, self._channels[-1], self._seed)
         for thread in (*(stream.thread for stream in streams), health.thread):
@@ -186,8 +186,8 @@ class _Call:
 class _Stream:
     """Streams, one after another, some cancelled or cut off by a deadline half-way."""
 
-    def __init__(self, tally: Tally, channel: grpc.Channel, seed: int, kills: bool) -> None:
-        self._tally, self._storm = tally, Storm(seed, kills)
+    def __init__(self, tally: Tally, channel: grpc.Channel, seed: int) -> None:
+        self._tally, self._storm = tally, Storm(seed)
         self._open = channel.stream_stream(
             STREAM,
             request_serializer=pb.ClassifyStreamRequest.SerializeToString,
@@ -280,7 +280,7 @@ class _Health:
     """Checks of the process's health, and watches that end after a while."""
 
     def __init__(self, tally: Tally, channel: grpc.Channel, seed: int) -> None:
-        self._tally, self._storm, self._channel = tally, Storm(seed, kills=False), channel
+        self._tally, self._storm, self._channel = tally, Storm(seed), channel
         self._ended = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 

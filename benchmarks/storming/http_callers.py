@@ -47,14 +47,12 @@ class HttpCallers:
     threads of the server meet in a race only where the callers leave them both cores.
     """
 
-    def __init__(
-        self, address: str, tally: Tally, seed: int, kills: bool, callers: int, few: bool
-    ) -> None:
+    def __init__(self, address: str, tally: Tally, seed: int, callers: int, few: bool) -> None:
         self._threads = []
         for n in range(callers):
             one_of_few = few and n < _FEW
             keep = bool(n % 2) and not one_of_few
-            caller = _Caller(address, tally, seed * 1000 + n, kills, keep, rests=not one_of_few)
+            caller = _Caller(address, tally, seed * 1000 + n, keep, rests=not one_of_few)
             self._threads.append(threading.Thread(target=caller.run, daemon=True))
 
     def run(self) -> None:
@@ -65,12 +63,10 @@ class HttpCallers:
 
 
 class _Caller:
-    def __init__(
-        self, address: str, tally: Tally, seed: int, kills: bool, keep: bool, rests: bool
-    ) -> None:
+    def __init__(self, address: str, tally: Tally, seed: int, keep: bool, rests: bool) -> None:
         self._host, _, self._port = address.rpartition(":")
-        self._tally, self._storm = tally, Storm(seed, kills)
-        self._keep, self._kills, self._rests = keep, kills, rests
+        self._tally, self._storm = tally, Storm(seed)
+        self._keep, self._rests = keep, rests
         self._connection: http.client.HTTPConnection | None = None
 
     def run(self) -> None:
@@ -108,7 +104,7 @@ class _Caller:
                 verdict = Verdict("answered")
             else:
                 code = _CODES.get(status, Code.UNKNOWN).value[0]
-                words = "" if self._kills and status == 503 else f"{path}: {status} {text}"
+                words = f"{path}: {status} {text}"
                 outcome = "unavailable" if status == 503 else f"HTTP {status}"
                 verdict = self._tally.excuse(Verdict(outcome, 0, words), code, sent)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -118,11 +114,11 @@ class _Caller:
     def _broken(self, error: Exception, sent: float) -> Verdict:
         """The connection failed, or what came was no answer."""
         self._hang_up()
+        if isinstance(error, TimeoutError):
+            return Verdict("lost")
         if self._tally.outages.explain(sent):
             time.sleep(BACK_OFF_S)
             return Verdict("unavailable")
-        if isinstance(error, TimeoutError):
-            return Verdict("lost")
         took = time.monotonic() - sent
         return Verdict("dropped", 0, f"{error!r} after {took:.3f} s, keep={self._keep}")
 

@@ -28,11 +28,9 @@ _SCRAPE_S = 0.25
 class Operator:
     """Switches, loads and scrapes, each on a thread of its own, until `stop`."""
 
-    def __init__(
-        self, server: Server, models: Path, outages: Outages, kills: bool, every_s: float
-    ) -> None:
+    def __init__(self, server: Server, models: Path, outages: Outages, every_s: float) -> None:
         self._server, self._quick, self._outages = server, models / "quick", outages
-        self._kills, self._every_s = kills, every_s
+        self._every_s = every_s
         self._version = 1
         self._channel = grpc.insecure_channel(server.target, OPTIONS)
         self._classifier: Any = ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
@@ -68,7 +66,7 @@ class Operator:
         try:
             self.done[step()] += 1
         except (grpc.RpcError, OSError, http.client.HTTPException, RuntimeError) as error:
-            if self._outages.explain(began) or self._kills:
+            if self._outages.explain(began):
                 self.done["failed in an outage"] += 1
             elif len(self.wrong) < 20:
                 self.wrong.append(f"operator: {error!r}")

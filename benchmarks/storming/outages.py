@@ -4,7 +4,7 @@ import time
 from multiprocessing.context import SpawnContext
 
 # How long callers may notice an outage after its end: they hear of the new server late.
-_SLACK_S = 10.0
+_SLACK_S = 3.0
 
 # Callers over gRPC leave a server that has just started to those over HTTP, and later do so again and
 # again. A server that is never idle hides the races of a loop that is woken from its sleep.
@@ -17,7 +17,7 @@ class Outages:
     """
 
     def __init__(self, context: SpawnContext) -> None:
-        self._times = context.Array("d", [0.0, 0.0, 0.0])
+        self._times = context.Array("d", [0.0, 0.0, 0.0, float("inf")])
 
     def begin(self) -> None:
         with self._times.get_lock():
@@ -31,6 +31,13 @@ class Outages:
         with self._times.get_lock():
             self._times[2] = time.monotonic()
 
+    def end_at(self, when: float) -> None:
+        """No request is begun after that."""
+        self._times[3] = when
+
+    def over(self) -> bool:
+        return time.monotonic() >= self._times[3]
+
     def calm_s(self) -> float:
         """For how long callers over gRPC rest now; 0 where they ask."""
         with self._times.get_lock():
@@ -39,11 +46,6 @@ class Outages:
             return -age_s
         passed_s = age_s % (_ASKING_S + _RESTING_S)
         return _ASKING_S + _RESTING_S - passed_s if passed_s > _ASKING_S else 0.0
-
-    def moment(self) -> None:
-        """An outage that is over at once: a process was killed, others go on."""
-        self.begin()
-        self.end()
 
     def explain(self, sent: float) -> bool:
         """Whether a request that was sent then, and has failed by now, met an outage."""

@@ -131,9 +131,8 @@ class Verdict(NamedTuple):
 class Storm:
     """Draws requests, and judges what they were answered."""
 
-    def __init__(self, seed: int, kills: bool) -> None:
-        """`kills`: processes of the server are killed, so UNAVAILABLE is no surprise."""
-        self._rng, self._kills = np.random.default_rng(seed), kills
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
 
     def chance(self, probability: float) -> bool:
         return bool(self._rng.random() < probability)
@@ -283,7 +282,8 @@ class Storm:
             Code.CANCELLED: ("cancelled", cancelled),
             Code.DEADLINE_EXCEEDED: ("late", request.limited),
             Code.RESOURCE_EXHAUSTED: ("refused", True),
-            Code.UNAVAILABLE: ("unavailable", self._kills),
+            # `Tally.excuse` knows whether there was an outage.
+            Code.UNAVAILABLE: ("unavailable", False),
         }
         if request.may_be_absent:
             explained[Code.NOT_FOUND] = explained[Code.UNAVAILABLE] = ("absent", True)

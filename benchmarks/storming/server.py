@@ -34,6 +34,7 @@ class Server:
         self._command += ["--allow-repository-control"]
         self._command += ["--acceptors", str(acceptors), "--engines", str(engines)]
         self.target = self.metrics = self.http = ""
+        self.killed = 0
         log.write_text("")
         self._start(("--port", "0", "--metrics-port", "0", "--http-port", "0"))
 
@@ -69,9 +70,14 @@ class Server:
         up = [name for name in self.up if name.startswith(role)]
         if len(up) < self._count[role]:
             return False
-        self._outages.moment()
-        os.kill(self.up.pop(up[0]), signal.SIGKILL)
-        self._outages.moment()
+        self._outages.begin()
+        try:
+            os.kill(self.up.pop(up[0]), signal.SIGKILL)
+        except ProcessLookupError:
+            return False  # it has died by itself: `stop` finds that in the log
+        finally:
+            self._outages.end()
+        self.killed += 1
         return True
 
     def restart(self) -> list[str]:
@@ -126,5 +132,10 @@ class Server:
                 time.sleep(0.1)
             self.process.send_signal(signal.SIGTERM)
         wrong += self._end()
-        # A worker that the storm killed has left no stacks; one that crashed has.
-        return wrong + [line for line in self.log.read_text().splitlines() if "CRITICAL" in line]
+        lines = self.log.read_text().splitlines()
+        # Some workers are killed by the supervisor, as they lack a version.
+        lacking = sum("can't load" in line for line in lines)
+        died = [line for line in lines if " died (" in line or "could not start (" in line]
+        if len(died) > self.killed + lacking:
+            wrong += [f"{len(died)} workers died, {self.killed} were killed", *died]
+        return wrong + [line for line in lines if "CRITICAL" in line]

@@ -12,7 +12,8 @@ _LARGEST_BYTES = 1_000_000
 
 def enable() -> None:
     """Has this process, and each Python process that it starts, write its stacks to standard error."""
-    with suppress(ValueError, OSError):  # standard error is closed, or is no file
+    # Where standard error is closed, or is no file, there is nothing to write to.
+    with suppress(ValueError, OSError, RuntimeError, AttributeError):
         faulthandler.enable()
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 

@@ -614,7 +614,7 @@ def test_the_stacks_of_a_worker_that_crashes_are_in_the_log(models: Path) -> Non
         os.kill(pid_of(server, "acceptor-1"), signal.SIGSEGV)
         server.wait_for(
             r"acceptor-1 crashed \(killed by SIGSEGV\)\. Its threads were at:\n"
-            r"Fatal Python error: Segmentation fault\n[\s\S]*transport\.py\", line \d+ in "
+            r"Fatal Python error: Segmentation fault\n[\s\S]*convoy_service/transport/\w+\.py\", line \d+ in "
         )
         server.wait_for(r"acceptor-1 died \(killed by SIGSEGV\): the next one starts in")
         server.wait_for(r"(?:: acceptor-1 is ready[\s\S]*?){2}")
@@ -636,7 +636,9 @@ def test_a_worker_that_crashes_while_the_service_stops_makes_that_no_clean_stop(
 def test_one_process_that_crashes_says_where_and_ends_by_its_signal(models: Path) -> None:
     server = Server(models=models).ready()
     os.kill(server.pid, signal.SIGSEGV)
-    server.wait_for(r"Fatal Python error: Segmentation fault\n[\s\S]*transport\.py\", line \d+ in ")
+    server.wait_for(
+        r"Fatal Python error: Segmentation fault\n[\s\S]*convoy_service/transport/\w+\.py\", line \d+ in "
+    )
     assert server.wait() == -signal.SIGSEGV
     server.close()
 

@@ -1112,3 +1112,19 @@ def test_calls_that_came_during_a_batch_are_taken_for_as_old_as_it_was_long() ->
             assert left.get() < 10 - batch_s
         # When that has been taken in, calls are as young as ever.
         assert max(left_of(calls[0]) for _ in range(100)) == pytest.approx(10, abs=0.2)
+
+
+def test_a_call_that_is_kept_longer_than_its_loop_does_nothing_more() -> None:
+    """gRPC would end the process where an operation is started for a queue that is closed."""
+    kept: list[Exchange] = []
+    with Server(CoreServer) as server, server.channel() as channel:
+
+        def keep(exchange: Exchange) -> None:
+            kept.append(exchange)
+
+        call = unary(channel, server.serve(keep)).future(b"", timeout=TIMEOUT_S)
+        while not kept:
+            in_turn(server)
+        server.stop()
+        assert call.code() is Code.UNAVAILABLE
+        kept[0].end(0, message=b"late")

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -941,8 +941,10 @@ class Supervisor:
         status = member.process.wait()
         end, stacks = ending(member.process), member.crash.read()
         now, name = time.monotonic(), member.orders.name
-        if stacks:
-            log.critical("%s crashed (%s). Its threads were at:\n%s", name, end, stacks)
+        if status < 0 and -status not in {signal.SIGKILL, signal.SIGTERM}:
+            log.critical(
+                "%s crashed (%s). Its threads were at:\n%s", name, end, stacks or "unknown"
+            )
         member.crash.close()
         with self._changed:
             member.pipe.close()
@@ -952,7 +954,9 @@ class Supervisor:
             self._changed.notify_all()
         self._forget(member)
         if self._delay_s is not None:
-            if status and not self._killed:
+            # Those that were killed on purpose ended by SIGKILL.
+            on_purpose = status == -signal.SIGKILL and (self._killed or member.lacks)
+            if status and not on_purpose:
                 log.error("%s died while the service stopped (%s)", name, end)
                 # Some of its calls had no answer: this is no clean stop.
                 self._failed = True
@@ -1006,19 +1010,19 @@ def _spawn(orders: Orders) -> tuple[subprocess.Popen[bytes], Connection, CrashRe
     # Signals are for this process, also where a terminal sends them to all: a worker is born with
     # them blocked, and stays so.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    crash = CrashReport()
     try:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
+        crash = CrashReport()
+        with ExitStack() as stack:
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            kept = stack.enter_context(ExitStack())
+            kept.callback(crash.close)
             descriptors = [theirs.fileno(), crash.descriptor]
             process = subprocess.Popen(
                 [sys.executable, "-c", _MAIN, *map(str, descriptors), *sys.path],
                 pass_fds=[*descriptors, *passed],
             )
+            kept.pop_all()
             return process, Connection(ours.detach()), crash
-    except OSError:
-        crash.close()
-        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 

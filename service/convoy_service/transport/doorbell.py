@@ -46,7 +46,8 @@ class Doorbell:
     def __init__(self, core: Any, completion_queue: Any, on_ring: Callable[[], object]) -> None:
         """`core` is `grpc._cython.cygrpc`. The loop's thread calls `on_ring`."""
         self._core, self._queue, self._on_ring = core, completion_queue, on_ring
-        self._guard = threading.Lock()
+        # A signal handler may ring on the thread that holds it.
+        self._guard = threading.RLock()
         # Both are written under `_guard` only, but for `_heard`. `_rung`: the queue holds a ring.
         self._call: Any = None
         self._rung = False
@@ -89,13 +90,24 @@ class Doorbell:
             return
         with self._guard:
             if self._call is not None and not self._rung:
+                # First this: the loop may hear the ring at once.
                 self._rung = True
-                self._call.start_server_batch((), self._heard)
+                try:
+                    self._call.start_server_batch((), self._heard)
+                except BaseException:
+                    self._rung = False
+                    raise
 
     def close(self) -> None:
         """Releases the call. The loop must poll its queue until `closed`, and then call `destroy`."""
         with self._guard:
             self._call = None
+
+    def cancel(self) -> None:
+        """Ends calls that a stranger on this machine has made to the doorbell before its listener
+        closed. They would hold up the end of its server.
+        """
+        self._server.cancel_all_calls()
 
     def destroy(self) -> None:
         assert self.closed, "gRPC still uses the server"

@@ -49,6 +49,8 @@ class CoreServer(Loop):
         # How long calls may have lain in a socket before they were read.
         self._away_s = 0.0
         self._shut = False
+        # The queue takes no operations any more: gRPC would end the process.
+        self.closed = False
 
     def bind(self, address: str, credentials: "grpc.ServerCredentials | None") -> int:
         if credentials is None:
@@ -139,10 +141,12 @@ class CoreServer(Loop):
             event = self._queue.poll(ends)
             if event.completion_type == self.core.CompletionType.queue_timeout:
                 self._server.cancel_all_calls()
+                self._doorbell.cancel()
                 ends += NAP_S
             else:
                 self._while_it_stops(partial(event.tag, event))
             event = None
+        self.closed = True
         self._queue.shutdown()
         while self._queue.poll().completion_type != self.core.CompletionType.queue_shutdown:
             pass
@@ -165,6 +169,8 @@ class _CoreExchange(Exchange):
         self._then: Callable[[bytes | None], None] = ignore
 
     def _start(self, operations: tuple[Any, ...], then: Callable[[Any], None]) -> None:
+        if self._loop.closed:  # the call has ended with the loop
+            return
         # gRPC demands that batches of one call are started by one thread at a time.
         assert threading.get_ident() == self._loop.thread, "only the loop's thread may use a call"
         self._due += 1

@@ -513,7 +513,10 @@ class Web:
 
         try:
             asyncio.run(serve())
-        except Exception as error:
+            if self._server.should_exit:
+                return
+            raise RuntimeError("HTTP has ended by itself")
+        except BaseException as error:
             log.critical("bug in HTTP", exc_info=True)
             bug = error
 
