@@ -83,7 +83,7 @@ OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
     # Also how long a connection may take, behind what the server is busy with.
-    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.min_reconnect_backoff_ms", 20_000),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 

@@ -4,7 +4,7 @@ import time
 from multiprocessing.context import SpawnContext
 
 # How long callers may notice an outage after its end: they hear of the new server late.
-_SLACK_S = 3.0
+_SLACK_S = 5.0
 
 # Callers over gRPC leave a server that has just started to those over HTTP, and later do so again and
 # again. A server that is never idle hides the races of a loop that is woken from its sleep.
