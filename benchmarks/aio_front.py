@@ -19,11 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpc
 
 from convoy_service.tasks import ignore
+from convoy_service.transport import grpc_public
 from convoy_service.transport import grpc_server as transport
 from convoy_service.transport.call import Exchange, Trailers
 from convoy_service.transport.loop import Loop, Options
-
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class AioServer(Loop):
@@ -103,7 +102,7 @@ class AioServer(Loop):
             if message is not None:
                 await context.write(message)
             context.set_trailing_metadata(tuple(trailers))
-            context.set_code(_CODES[code])
+            context.set_code(grpc_public._CODES[code])
             context.set_details(details)
         except asyncio.CancelledError:
             exchange.gone = True

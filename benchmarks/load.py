@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -166,9 +166,9 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def convoy(*arguments: str, core: str = SERVER) -> Running:
+def convoy(*arguments: str, core: str = SERVER, program: Sequence[str] = CONVOY) -> Running:
     """The service; `NAME=value` before its arguments are for its environment."""
-    command = [*CONVOY, "serve", "--models", str(CACHE / "models"), "--host", "127.0.0.1"]
+    command = [*program, "serve", "--models", str(CACHE / "models"), "--host", "127.0.0.1"]
     variables = [each for each in arguments if not each.startswith("-") and "=" in each]
     command += ["--port", "0", "--metrics-port", "0", "--no-http", "--shutdown-delay-s", "0"]
     command += [each for each in arguments if each not in variables]
@@ -177,10 +177,7 @@ def convoy(*arguments: str, core: str = SERVER) -> Running:
 
 def convoy_on_aio() -> Running:
     """The service on grpc.aio, see benchmarks/aio_front.py."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "aio_front.py"), "serve", "--no-http"]
-    command += ["--models", str(CACHE / "models"), "--host", "127.0.0.1", "--port", "0"]
-    command += ["--metrics-port", "0", "--shutdown-delay-s", "0"]
-    return Running(command, r"ready in .* gRPC on \S+:(\d+),")
+    return convoy(program=[sys.executable, str(ROOT / "benchmarks" / "aio_front.py")])
 
 
 def empty(kind: str) -> Running:

@@ -14,10 +14,8 @@ whose own is `doorbell`.
 import http.client
 import json
 import os
-import re
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.load import CLIENT, ROOT, SERVER, command_line
+from benchmarks.load import CLIENT, ROOT, Running, command_line
 
 
 def _candidates() -> dict[str, Any]:
@@ -152,22 +150,10 @@ def serve(name: str) -> None:
     command.main()
 
 
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def measure(name: str, seconds: float) -> dict[str, float]:
-    command = ["taskset", "-c", SERVER, sys.executable, __file__, "serve", name]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        for line in process.stderr:
-            if match := re.search(r"HTTP on http://127.0.0.1:(\d+)", line):
-                break
-        else:
-            raise SystemExit(f"{name} did not start")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), 30)
+    server = Running([sys.executable, __file__, "serve", name], r"HTTP on http://\S+:(\d+),")
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         latencies: list[float] = []
 
         def ask() -> None:
@@ -181,17 +167,17 @@ def measure(name: str, seconds: float) -> dict[str, float]:
         for _ in range(300):
             ask()
         latencies.clear()
-        began, spent = time.perf_counter(), cpu_s(process.pid)
+        began, spent = time.perf_counter(), server.cpu_s()
         while time.perf_counter() < began + seconds:
             ask()
-        calls_s, call_cpu_s = len(latencies) / seconds, cpu_s(process.pid) - spent
+        calls_s, call_cpu_s = len(latencies) / seconds, server.cpu_s() - spent
         time.sleep(1.5)
-        spent = cpu_s(process.pid)
+        spent = server.cpu_s()
         time.sleep(2 * seconds)
-        idle = (cpu_s(process.pid) - spent) / (2 * seconds)
+        idle = (server.cpu_s() - spent) / (2 * seconds)
         connection.close()
-        process.terminate()
-        process.wait(30)
+    finally:
+        server.stop()
     return {
         "calls_per_s": calls_s,
         "cpu_us_per_call": 1e6 * call_cpu_s / len(latencies),

@@ -32,7 +32,7 @@ class Exchange(ABC):
 
     __slots__ = ("_due", "deadline", "gone", "metadata", "method", "on_closed", "on_gone")
 
-    # Of those that came over HTTP.
+    # The HTTP request that this call was made from; None for gRPC calls.
     http: Http | None = None
 
     def __init__(self, method: str, deadline: float | None, metadata: Any) -> None:
